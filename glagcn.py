@@ -1,0 +1,385 @@
+"""GLA-GCN: Global-local Adaptive Graph Convolutional Network for 3D Human Pose Estimation from Monocular Video.
+Bruce X.B. Yu, Zhi Zhang, Yongxu Liu, Sheng-hua Zhong, Yan Liu, Chang Wen Chen. ICCV 2023.
+
+The whole method in the paper's order; it needs torch and nothing else.
+
+    model = GLAGCN(filter_widths=(3, 3, 3))               # a window of 3 * 3 * 3 = 27 frames
+    pose = model(torch.rand(8, 27, 17, 2) * 2 - 1)        # (B, T, J, 2) about [-1, 1] -> (B, J, 3) metres
+    mean_distance(pose, torch.zeros(8, 17, 3)).backward()
+
+B batch, T frames, J joints, C channels. Between the layers features are (B, C, J, T) in torch's channels_last memory
+format, so in memory they lie as (B, J, T, C): the 1x1 convolutions are one matrix product over all joints and frames,
+mixing joints is one product for each sample with T*C columns, and the temporal convolution runs along unbroken memory.
+Any other memory format gives the same numbers, more slowly. Initial weights are those of the authors' release.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# Links as (parent, child).
+H36M_EDGES = ((0, 1), (1, 2), (2, 3), (0, 4), (4, 5), (5, 6), (0, 7), (7, 8), (8, 9), (9, 10), (8, 11), (11, 12), (12, 13),
+              (8, 14), (14, 15), (15, 16))
+# The release's list: some links point up the tree, some down, and its weights were trained with that.
+HUMANEVA15_EDGES = ((1, 14), (2, 1), (3, 2), (4, 3), (5, 1), (6, 5), (7, 6), (0, 1), (11, 0), (12, 11), (13, 12), (8, 0),
+                    (9, 8), (10, 9))
+# The dataset's own tree from the pelvis (14); the release's script passes Human3.6M's links to this joint order.
+MPI3DHP_EDGES = ((14, 15), (15, 1), (1, 16), (16, 0), (1, 2), (2, 3), (3, 4), (1, 5), (5, 6), (6, 7), (14, 8), (8, 9), (9, 10),
+                 (14, 11), (11, 12), (12, 13))
+
+TEMPORAL_KERNEL = 9  # Gamma; the release's, where the paper says 9 in one place and 3 in another
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. The graph (section 3.1)
+
+
+def spatial_partition(edges, num_joints, normalisation="column"):
+    """The fixed graphs A_k of Eq. 1: (3, J, J) float64 for the joint itself, its inward and its outward links.
+
+    edges: (parent, child) pairs; they need to connect all joints, not to be a tree. A[1][parent, child] = 1, so x @ A
+    gives a child its parent's feature, and A[2] is the transpose.
+    normalisation: "column", A D^-1 with empty columns left 0, is the release's; "symmetric" the paper's
+    L^-1/2 A L^-1/2 with L_ii = sum_j A_ij + 0.001.
+    ValueError: a joint outside 0..J-1, joints that no path of edges connects to joint 0, an unknown normalisation.
+    """
+    inward, reached = torch.zeros(num_joints, num_joints, dtype=torch.float64), {0}
+    for edge in edges:
+        if not all(0 <= joint < num_joints for joint in edge):
+            raise ValueError(f"edges: {tuple(edge)} names a joint outside 0..{num_joints - 1}")
+        inward[edge[0], edge[1]] = 1
+    for _ in range(num_joints):
+        reached |= {joint for edge in edges if reached & set(edge) for joint in edge}
+    if len(reached) < num_joints:
+        raise ValueError(f"edges: joints {sorted(set(range(num_joints)) - reached)} are not connected to joint 0")
+    A = torch.stack([torch.eye(num_joints, dtype=torch.float64), inward, inward.T])
+    if normalisation == "column":
+        return A / A.sum(-2, keepdim=True).clamp(min=1)  # entries are 0 or 1
+    if normalisation == "symmetric":
+        scale = (A.sum(-1) + 0.001).rsqrt()
+        return scale[:, :, None] * A * scale[:, None, :]
+    raise ValueError(f"normalisation: unknown {normalisation!r}, expected 'column' or 'symmetric'")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Adaptive graph convolution (Eq. 1-3)
+
+
+def conv2d(c_in, c_out, kernel_size=1, **options):
+    """nn.Conv2d with the release's initial weights: Kaiming normal over the fan-out, bias 0."""
+    conv = nn.Conv2d(c_in, c_out, kernel_size, **options)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out")
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+def shortcut(c_in, c_out):
+    """The residual connection: the identity, or a 1x1 convolution and batch norm where channels change."""
+    return nn.Identity() if c_in == c_out else nn.Sequential(conv2d(c_in, c_out), nn.BatchNorm2d(c_out))
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout; on a CPU it draws 16 random bits an element instead of a double, several times as fast.
+
+    There p is rounded to a multiple of 2^-16, and the scaling is that of the rounded p.
+    """
+
+    def forward(self, x):
+        if not self.training or self.p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x)
+        dropped = min(round(self.p * 2**16), 2**16 - 1)
+        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        noise = torch.empty_like(x)  # filled in memory order, whatever the memory format
+        noise.as_strided((x.numel(),), (1,)).copy_(bits[:x.numel()] >= dropped - 2**15)
+        return x * noise.mul_(2**16 / (2**16 - dropped))
+
+
+class AdaptiveGraphConv(nn.Module):
+    """Eq. 2: f_out = sum over k of W_k f_in (A_k + B_k + C_k); features (B, C_in, J, T) -> (B, C_out, J, T).
+
+    A (3, J, J): the fixed graphs of spatial_partition. B: learnt. C_k = softmax(theta_k(f)^T phi_k(f)) (Eq. 3) compares
+    all pairs of joints over channels and the whole window, divided by their number; its columns sum to 1. After the sum
+    come batch norm, dropout, the shortcut and ReLU.
+    The paper starts B, theta and phi at 0; then theta and phi would have no gradient, so they start as released.
+    adaptive=False is ST-GCN (Table 6, row 1): no C_k, and B_k becomes that paper's edge importance, which multiplies
+    A_k element by element and starts at 1.
+    """
+
+    def __init__(self, c_in, c_out, A, dropout=0.1, adaptive=True):
+        super().__init__()
+        self.register_buffer("A", A.to(torch.get_default_dtype()), persistent=False)
+        self.B = nn.Parameter(torch.full_like(self.A, 1e-6 if adaptive else 1))
+        self.embedding = max(c_out // 4, 1) if c_out >= 4 else 3  # channels of theta and phi
+        self.embed = conv2d(c_in, 6 * self.embedding) if adaptive else None  # theta_0..2, phi_0..2 in one product
+        if adaptive:  # the fan-out of one embedding, not of all six
+            nn.init.normal_(self.embed.weight, std=math.sqrt(2 / self.embedding))
+        self.W = nn.Parameter(torch.randn(c_out, c_in, 3, 1) * math.sqrt(2 / (c_out * c_in * 3)))  # W[:, :, k]
+        self.bias = nn.Parameter(torch.zeros(3, c_out))
+        self.norm, self.dropout = nn.BatchNorm2d(c_out), Dropout(dropout)
+        nn.init.constant_(self.norm.weight, 1e-6)
+        self.shortcut = shortcut(c_in, c_out)
+
+    def graph(self, x):
+        """A_k + B_k + C_k of each sample: (B, 3, J, J), of which x @ graph is the aggregation; (3, J, J) in ST-GCN."""
+        if self.embed is None:
+            return self.A * self.B
+        batch, _, joints, frames = x.shape
+        embedded = self.embed(x).permute(0, 2, 3, 1).reshape(batch, joints, frames, 2, 3, self.embedding)
+        theta, phi = embedded.permute(3, 0, 4, 1, 2, 5).reshape(2, batch, 3, joints, -1)       # (B, 3, J, T * C)
+        C = torch.softmax(theta @ phi.transpose(-1, -2) / theta.shape[-1], dim=-2)
+        return self.A + self.B + C
+
+    def forward(self, x):
+        batch, c_in, joints, frames = x.shape
+        graph = self.graph(x).expand(batch, 3, joints, joints).transpose(-1, -2)
+        if c_in <= len(self.W):  # x A_k for all three k in one product, then the W_k as the taps of one convolution
+            rows = x.permute(0, 2, 3, 1).reshape(batch, joints, frames * c_in)
+            rows = torch.bmm(graph.reshape(batch, 3 * joints, joints), rows).view(batch, 3 * joints, frames, c_in)
+            y = F.conv2d(rows.permute(0, 3, 1, 2), self.W, self.bias.sum(0), dilation=(joints, 1))
+        else:  # fewer channels go out than come in: W_k first
+            y = F.conv2d(x, self.W.permute(2, 0, 1, 3).reshape(-1, c_in, 1, 1))               # (B, 3 * C_out, J, T)
+            rows = y.unflatten(1, (3, -1)).permute(0, 1, 3, 4, 2).reshape(batch, 3 * joints, -1)
+            y = torch.bmm(graph.transpose(1, 2).reshape(batch, joints, 3 * joints), rows)
+            y = y.view(batch, joints, frames, -1).permute(0, 3, 1, 2) + self.bias.sum(0)[:, None, None]
+        return torch.relu_(self.dropout(self.norm(y)).add_(self.shortcut(x)))
+
+
+class AGCNBlock(nn.Module):
+    """AGCN(C_in, C_out, S): adaptive graph convolution, temporal convolution and batch norm, shortcut, ReLU.
+
+    Features (B, C_in, J, T) -> (B, C_out, J, ceil(T / stride)). The temporal convolution has 9 taps about each output's
+    first frame. residual=False leaves the shortcut out, relu=False the last ReLU.
+    """
+
+    def __init__(self, c_in, c_out, A, stride=1, residual=True, relu=True, dropout=0.1, adaptive=True):
+        super().__init__()
+        self.spatial = AdaptiveGraphConv(c_in, c_out, A, dropout, adaptive)
+        self.temporal = conv2d(c_out, c_out, (1, TEMPORAL_KERNEL), stride=(1, stride), padding=(0, TEMPORAL_KERNEL // 2))
+        self.norm, self.relu = nn.BatchNorm2d(c_out), relu
+        self.shortcut = shortcut(c_in, c_out) if residual else None
+
+    def forward(self, x):
+        y = self.norm(self.temporal(self.spatial(x)))
+        if self.shortcut is not None:
+            y = y.add_(self.shortcut(x))
+        return torch.relu_(y) if self.relu else y
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Strided learning (section 3.1, the grey modules of Figure 1)
+
+
+class StridedAGCN(nn.Module):
+    """Two AGCN blocks, dropout after each, and a residual: features (B, C, J, T) -> (B, C, J, T / width) exactly.
+
+    The second block's convolution has stride `width` and is centred on the first frame of each group of `width` frames,
+    while the residual takes the group's centre frame, as the released weights need it; with causal the group's last.
+    stride=False (Table 6, row 2) keeps all frames.
+    ValueError: a width that is even or below 1; a T that width does not divide.
+    """
+
+    def __init__(self, channels, A, width=3, dropout=0.1, causal=False, adaptive=True, stride=True):
+        super().__init__()
+        if width < 1 or width % 2 == 0:
+            raise ValueError(f"filter width {width}: an odd number above 0 expected")
+        self.width, self.frame = (width, width - 1 if causal else width // 2) if stride else (1, 0)
+        self.first = AGCNBlock(channels, channels, A, dropout=dropout, adaptive=adaptive)
+        self.second = AGCNBlock(channels, channels, A, self.width, residual=False, dropout=dropout, adaptive=adaptive)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x):
+        if x.shape[-1] % self.width:
+            raise ValueError(f"{x.shape[-1]} frames: a multiple of the filter width {self.width} expected")
+        y = self.dropout(self.second(self.dropout(self.first(x))))
+        return y + x[..., self.frame::self.width]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Individually connected layers (section 3.2)
+
+
+class IndividuallyConnected(nn.Module):
+    """Eq. 5-7: every joint's position from that joint's features alone, (B, J, C) -> (B, J, out).
+
+    lambda * (v_i W_i + b_i) + (1 - lambda) * (v_i W_s + b_s) with lambda = unshared_weight: the unshared layer has
+    weights for each joint, the shared one the same for all. 0 or 1 builds only the layer it needs.
+    ValueError: lambda outside [0, 1].
+    """
+
+    def __init__(self, channels, num_joints, out=3, unshared_weight=0.5):
+        super().__init__()
+        if not 0 <= unshared_weight <= 1:
+            raise ValueError(f"unshared_weight {unshared_weight}: lambda in [0, 1] expected")
+        self.unshared_weight, std = unshared_weight, math.sqrt(2 / out)  # Kaiming over the fan-out, as released
+        self.W = self.b = self.W_shared = self.b_shared = None
+        if unshared_weight > 0:
+            self.W = nn.Parameter(torch.randn(num_joints, channels, out) * std)
+            self.b = nn.Parameter(torch.zeros(num_joints, out))
+        if unshared_weight < 1:
+            self.W_shared, self.b_shared = nn.Parameter(torch.randn(channels, out) * std), nn.Parameter(torch.zeros(out))
+
+    def forward(self, v):
+        shared = 0 if self.W_shared is None else v @ self.W_shared + self.b_shared              # Eq. 6
+        unshared = 0 if self.W is None else torch.einsum("bjc,jco->bjo", v, self.W) + self.b    # Eq. 5
+        if self.W is None or self.W_shared is None:
+            return shared + unshared
+        return self.unshared_weight * unshared + (1 - self.unshared_weight) * shared            # Eq. 7
+
+
+class FullyConnected(nn.Linear):
+    """Table 6, row 3: one fully connected layer over the features of all joints, (B, J, C) -> (B, J, out)."""
+
+    def __init__(self, channels, num_joints, out=3):
+        super().__init__(num_joints * channels, num_joints * out)
+
+    def forward(self, v):
+        return super().forward(v.flatten(1)).view(*v.shape[:2], -1)
+
+
+def mean_distance(prediction, target):
+    """L_global (Eq. 4) and L_local (Eq. 8): the mean Euclidean distance of (..., 3) points, in their unit."""
+    return torch.linalg.vector_norm(prediction - target, dim=-1).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The network (Figure 1)
+
+
+class GLAGCN(nn.Module):
+    """GLA-GCN: 2D poses (B, T, J, in_dim) in about [-1, 1] -> the centre frame's 3D pose (B, J, 3), metres.
+
+    T = receptive_field is the product of filter_widths, one strided module for each. reconstruct: `reconstruct_blocks`
+    further AGCN blocks before them, and `sequence_head`, which turns the features that they hand on into the poses of
+    all frames: model(x, return_sequence=True) returns (pose (B, J, 3), sequence (B, T, J, 3)) for the first stage's
+    loss, mean_distance of both. The second stage trains the pose alone: model.sequence_head.requires_grad_(False).
+    unshared_weight: lambda of Eq. 7 (not printed in the paper).
+    causal: the pose is that of the window's last frame, so that a video is lifted without looking ahead; within the
+    window convolutions and C_k see all frames. It has no sequence, whose early frames would see later ones.
+    Table 6: adaptive=False is ST-GCN, temporal="mean" averages over the frames instead of striding, head="full" is one
+    layer for all joints (no lambda then).
+    ValueError: a pose of another T, J or in_dim, return_sequence without reconstruct or with causal, an unknown
+    temporal or head, no filter width, and what spatial_partition, StridedAGCN and IndividuallyConnected refuse.
+    """
+
+    def __init__(self, num_joints=17, edges=H36M_EDGES, filter_widths=(3, 3, 3, 3, 3), channels=96, reconstruct=False,
+                 reconstruct_blocks=3, unshared_weight=0.5, dropout=0.1, causal=False, adaptive=True, temporal="stride",
+                 head="individual", in_dim=2):
+        super().__init__()
+        for name, value, known in (("temporal", temporal, ("stride", "mean")), ("head", head, ("individual", "full"))):
+            if value not in known:
+                raise ValueError(f"{name}: unknown {value!r}, expected one of {known}")
+        if not filter_widths:
+            raise ValueError("filter_widths: one for each strided module expected, none found")
+        self.receptive_field, self.num_joints, self.in_dim = math.prod(filter_widths), num_joints, in_dim
+        self.causal, A = causal, spatial_partition(edges, num_joints)
+        options = dict(dropout=dropout, adaptive=adaptive)
+        self.data_norm = nn.BatchNorm1d(num_joints * in_dim)
+        self.expand = AGCNBlock(in_dim, channels, A, **options)
+        self.reconstruction = nn.ModuleList(
+            AGCNBlock(channels, channels, A, **options) for _ in range(reconstruct_blocks if reconstruct else 0))
+        # Without a last ReLU: coordinates take both signs.
+        self.sequence_head = AGCNBlock(channels, 3, A, relu=False, **options) if reconstruct else None
+        self.strided = nn.ModuleList(
+            StridedAGCN(channels, A, width, causal=causal, stride=temporal == "stride", **options) for width in filter_widths)
+        self.head = (IndividuallyConnected(channels, num_joints, unshared_weight=unshared_weight) if head == "individual"
+                     else FullyConnected(channels, num_joints))
+
+    def forward(self, x, return_sequence=False):
+        wanted = (self.receptive_field, self.num_joints, self.in_dim)
+        if tuple(x.shape[1:]) != wanted:
+            raise ValueError(f"pose {tuple(x.shape)}: (batch, {', '.join(map(str, wanted))}) expected, "
+                             "that is batch, frames, joints and coordinates")
+        if return_sequence and (self.sequence_head is None or self.causal):
+            raise ValueError("return_sequence: needs reconstruct=True and causal=False")
+        x = self.data_norm(x.flatten(0, 1).flatten(1)).view(x.shape)
+        x = x.permute(0, 3, 2, 1).contiguous(memory_format=torch.channels_last)                 # (B, 2, J, T)
+        x = self.expand(x)                                                                      # (B, C, J, T)
+        for block in self.reconstruction:
+            x = block(x)
+        sequence = self.sequence_head(x).permute(0, 3, 2, 1) if return_sequence else None       # (B, T, J, 3), Eq. 4
+        for module in self.strided:
+            x = module(x)                                                                       # T shrinks by its width
+        pose = self.head(x.mean(-1).transpose(1, 2))                                            # (B, J, C) -> (B, J, 3)
+        return (pose, sequence) if return_sequence else pose
+
+    def scheduled_norms(self):
+        """The batch norms whose momentum the release schedules: all but those of the channel-changing shortcuts."""
+        return [module for name, module in self.named_modules()
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and "shortcut" not in name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. What the published parameter counts contain besides: the refinement network
+
+
+class Refinement(nn.Module):
+    """Blends each joint's predicted (x, y) with the (x, y) that the 2D input and the predicted depth give.
+
+    pose (B, J, 3) root-relative metres, uv (B, J, 2) and intrinsics (B, 9) (fx fy cx cy k1 k2 k3 p1 p2) in one image
+    unit, root (B, 3) the root's true position in the camera frame, which a user's video does not have -> (B, J, 3).
+    The paper never mentions it, but its 1.88 M and 48.64 M parameters contain 140,322 of such a network (J = 17), and
+    the release's script trains it in the second stage with the local loss.
+    """
+
+    def __init__(self, num_joints=17):
+        super().__init__()
+        self.score = nn.Sequential(nn.Linear(6 * num_joints, 1024), nn.ReLU(), nn.Dropout(0.5),
+                                   nn.Linear(1024, 2 * num_joints), nn.Sigmoid())
+
+    def forward(self, pose, uv, intrinsics, root):
+        focal, centre, k, p = (part[:, None] for part in intrinsics.split((2, 2, 3, 2), dim=1))  # (B, 1, 2 | 3)
+        distorted = (uv - centre) / focal
+        ray = distorted
+        for _ in range(10):  # undo the lens by fixed-point iteration
+            r2 = ray.square().sum(-1, keepdim=True)
+            bend = 1 + (k * torch.cat([r2, r2**2, r2**3], -1)).sum(-1, keepdim=True) + (p * ray).sum(-1, keepdim=True)
+            ray = (distorted - p * r2) / bend
+        depth = pose[..., 2:]
+        projected = ray * (depth + root[:, None, 2:]) - root[:, None, :2]                         # (B, J, 2)
+        score = self.score(torch.cat([pose, projected, depth], -1).flatten(1)).view(uv.shape)
+        return torch.cat([score * pose[..., :2] + (1 - score) * projected, depth], -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. The authors' weights
+
+
+def from_released(state_dict, filter_widths=(3, 3, 3, 3, 3), edges=H36M_EDGES):
+    """A GLAGCN with the weights of the authors' release (its `model_pos`), in their dtype; the shared head alone.
+
+    filter_widths and edges are not in the weights: give those they were trained with.
+    ValueError: another number of strided modules than filter_widths, missing, unknown or misshapen weights.
+    """
+    old = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    for key in ("fc.weight", "expand_gcn.gcn1.PA"):
+        if key not in old:
+            raise ValueError(f"no GLA-GCN weights: {key} is missing")
+    modules = len({key.split(".")[1] for key in old if key.startswith("layers_tcngcn.")}) / 2
+    if modules != len(filter_widths):
+        raise ValueError(f"filter_widths: {len(filter_widths)} of them, but the weights have {modules:g} strided modules")
+    new, unknown = {"head.W_shared": old.pop("fc.weight")[:, :, 0].T, "head.b_shared": old.pop("fc.bias")}, {}
+    blocks = {"expand_gcn": "expand"}
+    for i in range(len(filter_widths)):
+        blocks |= {f"layers_tcngcn.{2 * i}": f"strided.{i}.first", f"layers_tcngcn.{2 * i + 1}": f"strided.{i}.second"}
+    names = {"gcn1.PA": "spatial.B", "gcn1.bn": "spatial.norm", "gcn1.down": "spatial.shortcut", "tcn1.conv": "temporal",
+             "tcn1.bn": "norm", "residual.conv": "shortcut.0", "residual.bn": "shortcut.1"}
+    names = {f"{theirs}.{part}": f"{ours}.{name}" for theirs, ours in blocks.items() for part, name in names.items()}
+    names["data_bn"] = "data_norm"
+    try:
+        for theirs, ours in blocks.items():
+            take = lambda letters, kind: [old.pop(f"{theirs}.gcn1.conv_{a}.{k}.{kind}") for a in letters for k in range(3)]
+            new[f"{ours}.spatial.embed.weight"] = torch.cat(take("ab", "weight"))
+            new[f"{ours}.spatial.embed.bias"] = torch.cat(take("ab", "bias"))
+            new[f"{ours}.spatial.W"] = torch.cat(take("d", "weight"), dim=2)
+            new[f"{ours}.spatial.bias"] = torch.stack(take("d", "bias"))
+        for key, value in old.items():
+            part = next((part for part in names if key == part or key.startswith(part + ".")), None)
+            target = unknown if part is None else new
+            target[key if part is None else names[part] + key[len(part):]] = value.mT if key.endswith("tcn1.conv.weight") else value
+        model = GLAGCN(new["expand.spatial.B"].shape[-1], edges, filter_widths, len(new["head.W_shared"]), unshared_weight=0.0)
+        model.to(new["head.W_shared"].dtype)
+        model.load_state_dict(new | unknown)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"no GLA-GCN weights for filter widths {tuple(filter_widths)}: {error}") from None
+    return model
