@@ -1,0 +1,670 @@
+"""Evaluation: metrics, protocols, tables beside the papers' figures, and checkpoints of this project and both releases.
+
+    python eval.py CHECKPOINT --data DIR                     # the table of one model on one dataset
+    python eval.py RELEASED.pth.tar --data DIR --padding circular,zeros
+    python eval.py inspect CHECKPOINT                        # the grid a model works on, learnt or given
+
+    model = load_model("results/gridconv.pt")
+    result = evaluate(model, store)                          # result["mpjpe"], result["actions"]["Walking"]["p_mpjpe"]
+"""
+import argparse
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import torch
+
+import data
+import glagcn
+import gridconv
+from data import InputError
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Metrics: (frames, J, 3) tensors in metres in, one Python float out. All arithmetic is float64.
+
+def _pair(prediction, target, frames=1):
+    """Both poses in float64; InputError unless both are finite (frames, J, 3) of one shape with enough frames."""
+    for name, pose in (("prediction", prediction), ("target", target)):
+        if not torch.is_tensor(pose) or pose.dim() != 3 or pose.shape[-1] != 3 or 0 in pose.shape:
+            found = tuple(pose.shape) if hasattr(pose, "shape") else type(pose).__name__
+            raise InputError(f"{name}: a (frames, joints, 3) tensor in metres expected, {found} found")
+    if prediction.shape != target.shape:
+        raise InputError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
+    if len(target) < frames:
+        raise InputError(f"at least {frames} frames expected, {len(target)} found")
+    for name, pose in (("prediction", prediction), ("target", target)):
+        if not torch.isfinite(pose).all():
+            bad = int((~torch.isfinite(pose)).flatten(1).any(1).nonzero()[0])
+            raise InputError(f"{name}: NaN or infinite coordinates, first in frame {bad}")
+    return prediction.detach().double(), target.detach().to(prediction.device).double()
+
+
+def _distance(prediction, target):
+    """Euclidean distance of every joint, (frames, J) in mm."""
+    return 1000 * (prediction - target).norm(dim=-1)
+
+
+def align(prediction, target):
+    """Each frame's prediction (frames, J, 3), float64, moved onto its target by the best similarity s p R + t.
+
+    Minimises sum_j ||s p_j R + t - t_j||^2 over rotations R (Umeyama 1991, Eq. 40-42): with the centred poses'
+    p^T t = U S V^T, R = U D V^T and s = tr(S D) / sum ||p||^2, where D = diag(1, 1, det(U V^T)) keeps R from
+    reflecting. A prediction whose joints all coincide has no scale: it is moved onto the target's mean.
+    """
+    mean_p, mean_t = prediction.mean(1, keepdim=True), target.mean(1, keepdim=True)
+    p, t = prediction - mean_p, target - mean_t
+    u, s, vt = torch.linalg.svd(p.transpose(1, 2) @ t)                          # (frames, 3, 3)
+    d = torch.ones_like(s)
+    d[:, 2] = torch.linalg.det(u @ vt).sign()
+    square = p.square().sum((1, 2))
+    scale = torch.where(square > 0, (s * d).sum(1) / square, 0.0)
+    return scale[:, None, None] * p @ (u * d[:, None]) @ vt + mean_t
+
+
+def rescale(prediction, target):
+    """Each frame's prediction (frames, J, 3), float64, times its best scale <p, t> / <p, p>; 0 for an all-zero pose."""
+    square = prediction.square().sum((1, 2), keepdim=True)
+    dot = (prediction * target).sum((1, 2), keepdim=True)
+    return torch.where(square > 0, dot / square, 0.0) * prediction
+
+
+def mpjpe(prediction, target):
+    """Mean per-joint position error in mm: mean over frames and joints of ||p - t|| (Human3.6M's protocol 1, P1).
+
+    Poses (frames, J, 3) in metres, both root-relative; wrong shapes, NaN and infinities are an InputError (this and
+    every metric below)."""
+    return _distance(*_pair(prediction, target)).mean().item()
+
+
+def p_mpjpe(prediction, target):
+    """MPJPE in mm after each frame's best similarity alignment: rotation, scale, translation, no reflection (P2).
+
+    The alignment is `align`; the protocol is Human3.6M's second, as in Martinez et al. 2017 and VideoPose3D."""
+    prediction, target = _pair(prediction, target)
+    return _distance(align(prediction, target), target).mean().item()
+
+
+def n_mpjpe(prediction, target):
+    """MPJPE in mm after each frame's best scale, s = <p, t> / <p, p> (Rhodin et al. 2018, as in VideoPose3D)."""
+    prediction, target = _pair(prediction, target)
+    return _distance(rescale(prediction, target), target).mean().item()
+
+
+def mpjve(prediction, target):
+    """Mean per-joint velocity error in mm per frame: MPJPE of the first differences over time (VideoPose3D, Sec. 4).
+
+    All frames belong to one sequence; at least two of them, or InputError."""
+    prediction, target = _pair(prediction, target, frames=2)
+    return _distance(prediction.diff(dim=0), target.diff(dim=0)).mean().item()
+
+
+def pck(prediction, target, threshold=150.0):
+    """Percentage of joints whose error is strictly below `threshold` mm (MPI-INF-3DHP, Mehta et al. 2017)."""
+    return _pck(_distance(*_pair(prediction, target)), threshold).mean().item()
+
+
+def auc(prediction, target):
+    """Area under the PCK curve in %: mean PCK over the 31 thresholds 0, 5, ..., 150 mm (MPI-INF-3DHP).
+
+    At 0 mm no joint counts, so a perfect prediction has 96.77, as in the benchmark's own tool."""
+    return _auc(_distance(*_pair(prediction, target))).mean().item()
+
+
+def _pck(errors, threshold=150.0):  # (frames, J) in mm -> (frames,) in %
+    return 100 * (errors < threshold).double().mean(1)
+
+
+def _auc(errors):
+    return torch.stack([_pck(errors, threshold) for threshold in range(0, 151, 5)]).mean(0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Models from recipes
+
+def _tuples(value):
+    """Lists, as a file keeps them, back into the tuples that the models take."""
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+EDGES = {"h36m17": glagcn.H36M_EDGES, "humaneva15": glagcn.HUMANEVA15_EDGES, "3dhp17": glagcn.MPI3DHP_EDGES}
+
+
+def _layout(recipe, joints, grid):
+    """The layout a GridConv recipe names: a nested tuple of joint numbers, or an AutoGrids."""
+    designed = {(17, (5, 5)): gridconv.HANDCRAFTED_5X5, (32, (7, 5)): gridconv.HANDCRAFTED_7X5}.get((joints, grid))
+    name, seed = recipe.layout, recipe.layout_seed
+    if name == "random":
+        return gridconv.random_layout(joints, grid, seed)
+    if name == "autogrids-random":
+        return gridconv.AutoGrids(joints, grid, prior=gridconv.random_layout(joints, grid, seed))
+    if name == "autogrids":
+        prior = "handcrafted" if (joints, grid) == (17, (5, 5)) else designed or "random"
+        return gridconv.AutoGrids(joints, grid, prior=prior)
+    if name not in ("handcrafted", "released", "row", "column", "global"):
+        raise InputError(f"layout {name!r} unknown: handcrafted, released, random, row, column, global, autogrids or "
+                         f"autogrids-random expected")
+    if designed is None or name == "released" and joints != 17:
+        raise InputError(f"layout {name!r} is for 17 joints on 5 x 5{' or 32 on 7 x 5' * (name != 'released')}, not "
+                         f"for {joints} on {grid[0]} x {grid[1]}: take random or autogrids")
+    if name == "released":
+        return gridconv.RELEASED_5X5
+    return designed if name == "handcrafted" else gridconv.shuffle_layout(designed, name, seed)
+
+
+def build_model(recipe):
+    """The network that a recipe describes, untrained, with `.recipe` set.
+
+    `recipe` is any object with the fields method, skeleton and dropout, and for "gridconv" layout, layout_seed, grid,
+    padding, hidden, blocks, kernel_sizes, attention and temperature; for "glagcn" filter_widths, channels, reconstruct,
+    reconstruct_blocks, unshared_weight, causal, adaptive, temporal and head. The row, column and global layouts are
+    shuffles of the handcrafted one (Table B). Unknown names and impossible sizes are a ValueError.
+    """
+    if recipe.skeleton not in data.SKELETONS:
+        raise InputError(f"skeleton {recipe.skeleton!r} unknown: one of {', '.join(data.SKELETONS)} expected")
+    joints = len(data.SKELETONS[recipe.skeleton].joints)
+    fields = lambda *names: {name: _tuples(getattr(recipe, name)) for name in names}
+    if recipe.method == "gridconv":
+        layout = _layout(recipe, joints, _tuples(recipe.grid))
+        model = gridconv.GridLiftingNetwork(joints, layout, attention=recipe.attention or None, **fields(
+            "hidden", "blocks", "kernel_sizes", "padding", "dropout"))
+        model.temperature = recipe.temperature
+    elif recipe.method == "glagcn":
+        if recipe.skeleton not in EDGES:
+            raise InputError(f"GLA-GCN: no links for skeleton {recipe.skeleton!r}: one of {', '.join(EDGES)} expected")
+        model = glagcn.GLAGCN(joints, EDGES[recipe.skeleton], **fields(
+            "filter_widths", "channels", "reconstruct", "reconstruct_blocks", "unshared_weight", "dropout", "causal",
+            "adaptive", "temporal", "head"))
+    else:
+        raise InputError(f"method {recipe.method!r} unknown: gridconv or glagcn expected")
+    model.recipe = recipe
+    return model
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checkpoints: this project's, and both releases'
+
+# What the releases' code, rather than their files, fixes for every checkpoint.
+_RELEASED_GRIDCONV = dict(
+    method="gridconv", skeleton="h36m17", data="h36m", keypoints="gt", skip="gridconv", normalise="release-500",
+    target="camera", flip_test=False, layout=None, layout_seed=0, grid=None, padding=None, kernel_sizes=(3, (3, 3), 3),
+    temperature=30.0, dropout=0.25, name="released GridConv")
+_RELEASED_GLAGCN = dict(
+    method="glagcn", skeleton=None, data=None, keypoints="gt", skip="", normalise="width", target="camera",
+    flip_test=True, filter_widths=None, reconstruct=False, reconstruct_blocks=3, unshared_weight=0.0, causal=False,
+    adaptive=True, temporal="stride", head="individual", dropout=0.1, name="released GLA-GCN")
+DATASETS = {"h36m": ("h36m17", "h36m32"), "gridconv": ("h36m17",), "humaneva": ("humaneva15",),
+            "3dhp": ("3dhp17", "h36m17"), "mocap": ("h36m17",), "synthetic": ("h36m17",)}
+
+
+def _released_gridconv(path, state, recipe):
+    """GridConv's weights: hidden size, blocks, attention and a learnt grid are in the keys; the padding is not."""
+    first = state["w1.branch1_weight" if "w1.branch1_weight" in state else "w1.donut_conv.weight"]  # (C, 2, K, K)
+    learnt, attention = state.get("sgt_layer.sgt_trans_mat"), state.get("atten_conv1.position_fc.weight")
+    cells = (learnt.shape[-2] if learnt is not None else                        # (1, H*P, J)
+             len(attention) // first.shape[-1] ** 2 if attention is not None else     # (K*K*H*P, width, 1, 1)
+             math.prod(recipe["grid"] or (5, 5)))
+    grid = recipe["grid"] or ((5, 5) if cells == 25 else None)
+    _need(path, (recipe["padding"], "padding: give --padding circular,replicate or --padding circular,zeros"),
+          (grid, f"grid of {cells} cells: give --grid H,P"))
+    if math.prod(grid) != cells:
+        raise InputError(f"{path}: its weights are for {cells} cells, --grid {grid[0]},{grid[1]} has {math.prod(grid)}")
+    model = gridconv.from_released(state, recipe["padding"], grid_shape=grid)
+    model.temperature = recipe["temperature"]
+    stages = {key.split(".")[1] for key in state if key.startswith("linear_stages.")}
+    return model, {**recipe, "grid": grid, "hidden": len(first), "blocks": len(stages), "attention": "grid" if attention
+                   is not None else "", "layout": "released" if learnt is None else "autogrids"}
+
+
+def _released_glagcn(path, state, recipe):
+    """GLA-GCN's weights: channels and modules are in the keys; filter widths, and the links of 17 joints, are not."""
+    joints = state["expand_gcn.gcn1.PA"].shape[-1]                              # (3, J, J)
+    modules = len({key.split(".")[1] for key in state if key.startswith("layers_tcngcn.")}) // 2
+    widths, skeleton = recipe["filter_widths"], recipe["skeleton"] or ("humaneva15" if joints == 15 else None)
+    _need(path, (widths, f"filter widths: give {modules}, as --filter-widths {','.join('3' * modules)}"),
+          (skeleton, f"links between {joints} joints: give --skeleton h36m17 or --skeleton 3dhp17"))
+    if skeleton not in EDGES or len(data.SKELETONS[skeleton].joints) != joints:
+        raise InputError(f"{path}: its weights have {joints} joints, which --skeleton {skeleton} does not fit")
+    home = {"h36m17": "h36m", "humaneva15": "humaneva", "3dhp17": "3dhp"}[skeleton]
+    return glagcn.from_released(state, filter_widths=widths, edges=EDGES[skeleton]), {
+        **recipe, "skeleton": skeleton, "data": recipe["data"] or home, "channels": state["fc.weight"].shape[1]}
+
+
+def _own(path, state, recipe):
+    model = build_model(SimpleNamespace(**recipe))
+    model.load_state_dict(state)
+    return model, recipe
+
+
+def _need(path, *needs):
+    missing = [text for value, text in needs if not value]
+    if missing:
+        raise InputError(f"{path}: the file does not say its {'; nor its '.join(missing)}")
+
+
+def load_model(path, **overrides):
+    """The network in a checkpoint file, in evaluation mode on the CPU, with `.recipe` (a SimpleNamespace).
+
+    Reads this project's checkpoints and both releases', told apart by their contents; nothing in a file is executed.
+    Overrides (padding, filter_widths, skeleton, normalise, grid, keypoints, ...; None means not given) are recipe
+    fields: they say what a release's file does not. One that is needed and missing, an unknown one, a file that is
+    truncated or something else, and weights that do not fit are an InputError that names the file and the remedy.
+    """
+    content = data.read_torch(path, inert=True)
+    content = content if isinstance(content, dict) else {f"a {type(content).__name__}": None}
+    if content.get("format") == "poselift":
+        if content.get("version") != 1:
+            raise InputError(f"{path}: checkpoint version {content.get('version')}, this code reads version 1")
+        build, known, state = _own, content.get("recipe"), content.get("model")
+    elif "model_pos" in content:
+        build, known, state = _released_glagcn, _RELEASED_GLAGCN, content["model_pos"]
+    else:
+        build, known, state = _released_gridconv, _RELEASED_GRIDCONV, content.get("state_dict")
+    if not isinstance(known, dict) or not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+        raise InputError(f"{path}: no checkpoint of this project, of GridConv's release or of GLA-GCN's: it holds "
+                         f"{', '.join(sorted(map(str, content))[:8]) or 'nothing'}")
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    unknown = sorted(set(overrides) - set(known))
+    if unknown:
+        raise InputError(f"{path}: its recipe has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    try:
+        state = {key.removeprefix("module."): value for key, value in state.items()}  # DataParallel's prefix
+        model, recipe = build(path, state, {name: _tuples(value) for name, value in {**known, **overrides}.items()})
+    except InputError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"no entry {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        raise InputError(f"{path}: weights and recipe do not fit: {reason}") from error
+    model.recipe = SimpleNamespace(**recipe)
+    model.epoch, model.trained_on = content.get("epoch"), content.get("data", "")
+    return model.eval()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Predictions and scores over a frame store
+
+@torch.no_grad()
+def predict(model, store, index=None, flip=False, batch=None):
+    """Root-relative poses (n, J, 3) in metres, on the CPU, of the store's frames `index` (all of them by default).
+
+    The window around each frame is the model's `receptive_field`. `flip` averages the prediction with that of the
+    mirrored input, mirrored back (VideoPose3D's test-time augmentation). The model's training mode is left as it was.
+    """
+    weight, frames, causal = next(model.parameters()), model.receptive_field, getattr(model, "causal", False)
+    index = torch.arange(len(store)) if index is None else torch.as_tensor(index)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    poses = []
+    for part in index.to(store.input.device).split(batch or max(1, min(4096, 32768 // frames))):
+        pose, _ = store.batch(part, frames=frames, causal=causal)               # (B, J, 2) or (B, T, J, 2)
+        pose = pose.to(weight)
+        prediction = model(pose)                                                # (B, J, 3)
+        if flip:
+            mirrored = model(data.flip(pose, store.skeleton))
+            prediction = (prediction + data.flip(mirrored, store.skeleton)) / 2
+        poses.append(store.to_camera(prediction.to(store.pose_3d), part))
+    for module, mode in modes:
+        module.training = mode
+    return torch.cat(poses).cpu()
+
+
+def evaluate(model, store, flip=False, batch=None):
+    """`score` of the model's predictions for every frame of the store."""
+    return score(predict(model, store, flip=flip, batch=batch), store)
+
+
+METRICS = {"mpjpe": "MPJPE", "p_mpjpe": "P-MPJPE", "n_mpjpe": "N-MPJPE", "mpjve": "MPJVE"}
+# The 14 joints that MPI-INF-3DHP's own tool counts: all but pelvis, spine and head; in H36M's order those are 0, 7, 9.
+JOINTS_3DHP = {"3dhp17": list(range(14)), "h36m17": [1, 2, 3, 4, 5, 6, 8, 10, 11, 12, 13, 14, 15, 16]}
+SCENES_3DHP = {"TS1": "studio, green screen", "TS2": "studio, green screen", "TS3": "studio", "TS4": "studio",
+               "TS5": "outdoor", "TS6": "outdoor"}
+
+
+def score(prediction, store):
+    """Scores of predictions (N, J, 3) in metres for every valid frame of a store, as a dict of plain numbers.
+
+    "mpjpe", "p_mpjpe", "n_mpjpe" (mm) and "mpjve" (mm per frame; None where no two frames follow each other): the
+    unweighted average over the action classes (Human3.6M's protocol); "frames": their number. "actions", "subjects",
+    "cells" ({action: {subject: ...}}) hold the same for each group of sequences, "pooled" for all frames as one.
+    On MPI-INF-3DHP's test set the predicted root is zeroed first, and "sequences", "scenes" and "all" hold mpjpe, pck
+    and auc over 17 joints and, ending in _14, over the benchmark's; frames are pooled.
+    """
+    if prediction.shape != store.pose_3d.shape:
+        raise InputError(f"prediction {tuple(prediction.shape)} for a store of {tuple(store.pose_3d.shape)} poses")
+    is_3dhp = all(s.subject in SCENES_3DHP for s in store.sequences)
+    if is_3dhp:
+        prediction = prediction.clone()
+        prediction[:, store.skeleton.root] = 0
+    prediction, target = _pair(prediction, store.pose_3d.cpu())
+    start, rows = 0, []
+    for sequence in store.sequences:
+        part = slice(start, start + len(sequence.pose_3d))
+        p, t, valid = prediction[part], target[part], store.valid[part].cpu()
+        action, subject, start = data.action_class(sequence.action), sequence.subject, part.stop
+        errors = _distance(p, t)[valid]                                         # (valid frames, J)
+        velocity = _distance(p.diff(dim=0), t.diff(dim=0))[valid[1:] & valid[:-1]]
+        aligned, scaled = (_distance(move(p[valid], t[valid]), t[valid]) for move in (align, rescale))
+        rows.append(([("actions", action), ("subjects", subject), ("cells", action, subject), ("pooled",)],
+                     {"mpjpe": errors.mean(1), "p_mpjpe": aligned.mean(1), "n_mpjpe": scaled.mean(1),
+                      "mpjve": velocity.mean(1)}))
+        if is_3dhp:
+            scores = {}
+            for ending, some in (("", errors), ("_14", errors[:, JOINTS_3DHP[store.skeleton.name]])):
+                scores |= {"mpjpe" + ending: some.mean(1), "pck" + ending: _pck(some), "auc" + ending: _auc(some)}
+            rows.append(([("sequences", subject), ("scenes", SCENES_3DHP[subject]), ("all",)], scores))
+    result = _pool(rows)
+    return {**average(result["actions"].values()), **result}
+
+
+def _pool(rows):
+    """Means over pooled frames of [(groups, {metric: per-frame values})], nested by the parts of each group's name."""
+    sums, result = {}, {}
+    for groups, scores in rows:
+        for group in groups:
+            total = sums.setdefault(group, {name: [0.0, 0] for name in scores})
+            for name, values in scores.items():
+                total[name][0] += values.sum().item()
+                total[name][1] += len(values)
+    for group, total in sums.items():
+        place = result
+        for name in group[:-1]:
+            place = place.setdefault(name, {})
+        means = {name: value / count if count else None for name, (value, count) in total.items()}
+        place[group[-1]] = {"frames": total["mpjpe"][1], **means}
+    return result
+
+
+def average(rows):
+    """The unweighted average of score rows: each metric over the rows that have it; "frames" is their sum."""
+    rows = list(rows)
+    mean = {"frames": sum(row["frames"] for row in rows)}
+    for name in (key for key in rows[0] if key != "frames"):
+        values = [row[name] for row in rows if row[name] is not None]
+        mean[name] = sum(values) / len(values) if values else None
+    return mean
+
+
+def yardsticks(train_store, test_store, chunk=65536):
+    """What a figure is to be read against, in mm of MPJPE over every valid test frame, unweighted over frames.
+
+    {"mean_pose": the training set's mean pose predicted for every frame; "affine": the least-squares affine map from
+    the J*2 normalised inputs to the J*3 coordinates}. Float64 normal equations of the centred training data; input
+    directions without variance (coinciding joints) get weight zero.
+    """
+    def parts(store):
+        for start in range(0, len(store), chunk):
+            part = slice(start, start + chunk)
+            valid = store.valid[part]
+            yield store.input[part][valid].flatten(1).double(), store.pose_3d[part][valid].flatten(1).double()
+
+    if train_store.skeleton != test_store.skeleton:
+        raise InputError(f"training data of {train_store.skeleton.name}, test data of {test_store.skeleton.name}")
+    count = train_store.valid.sum()
+    mean_x = sum(x.sum(0) for x, _ in parts(train_store)) / count
+    mean_y = sum(y.sum(0) for _, y in parts(train_store)) / count
+    gram = sum((x - mean_x).T @ (x - mean_x) for x, _ in parts(train_store))   # (2J, 2J)
+    cross = sum((x - mean_x).T @ (y - mean_y) for x, y in parts(train_store))  # (2J, 3J)
+    weight = (torch.linalg.pinv(gram.cpu(), rtol=1e-13, hermitian=True) @ cross.cpu()).to(gram.device)
+    total = {"mean_pose": 0.0, "affine": 0.0}
+    for x, y in parts(test_store):
+        for name, guess in (("mean_pose", mean_y.expand_as(y)), ("affine", mean_y + (x - mean_x) @ weight)):
+            total[name] += _distance(guess.unflatten(1, (-1, 3)), y.unflatten(1, (-1, 3))).mean(1).sum().item()
+    return {name: value / test_store.valid.sum().item() for name, value in total.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tables beside the papers' figures
+
+ACTIONS = ("Directions", "Discussion", "Eating", "Greeting", "Phoning", "Photo", "Posing", "Purchases", "Sitting",
+           "SittingDown", "Smoking", "Waiting", "WalkDog", "Walking", "WalkTogether")
+# Per-action rows of the papers' main Human3.6M tables: the 15 actions above, then the average, in mm.
+PAPER = {
+    ("gridconv", "hrnet", "camera"): {
+        "source": "GridConv, Tables 1 and A",
+        "mpjpe": (43.1, 47.7, 44.8, 44.9, 50.7, 55.1, 46.3, 42.6, 53.7, 63.9, 46.3, 45.5, 50.1, 38.6, 40.1, 47.6),
+        "p_mpjpe": (33.1, 37.2, 35.7, 36.3, 39.3, 43.8, 34.4, 33.1, 43.0, 52.5, 37.4, 34.8, 39.4, 29.5, 32.2, 37.4)},
+    ("gridconv", "hrnet", "uvd"): {
+        "source": "GridConv with the (u, v, depth) target, Tables 1 and A",
+        "mpjpe": (39.9, 47.7, 44.7, 43.9, 49.2, 53.5, 44.4, 43.7, 53.1, 61.6, 45.4, 44.7, 47.4, 37.7, 37.9, 46.3),
+        "p_mpjpe": (33.3, 37.9, 36.4, 36.2, 39.0, 44.6, 34.4, 34.3, 43.2, 52.5, 37.4, 34.7, 38.9, 29.5, 32.0, 37.6)},
+    ("glagcn", "cpn", False, 96): {
+        "source": "GLA-GCN, T = 243, Tables 1 and 4",
+        "mpjpe": (41.3, 44.3, 40.8, 41.8, 45.9, 54.1, 42.1, 41.5, 57.8, 62.9, 45.0, 42.8, 45.9, 29.4, 29.9, 44.4),
+        "p_mpjpe": (32.4, 35.3, 32.6, 34.2, 35.0, 42.1, 32.1, 31.9, 45.5, 49.5, 36.1, 32.4, 35.6, 23.5, 24.7, 34.8)},
+    ("glagcn", "gt", False, 96): {
+        "source": "GLA-GCN, T = 243, Tables 1 and 4",
+        "mpjpe": (26.5, 27.2, 29.2, 25.4, 28.2, 31.7, 29.5, 26.9, 37.8, 39.9, 29.9, 27.0, 27.3, 20.5, 20.8, 28.5),
+        "p_mpjpe": (20.2, 21.9, 21.7, 19.9, 21.6, 24.7, 22.5, 20.8, 28.6, 33.1, 22.7, 20.6, 20.3, 15.9, 16.2, 22.0)},
+    ("glagcn", "gt", True, 512): {
+        "source": "GLA-GCN with reconstruction, C = 512, T = 243, Tables 1 and 4",
+        "mpjpe": (20.1, 21.2, 20.0, 19.6, 21.5, 26.7, 23.3, 19.8, 27.0, 29.4, 20.8, 20.1, 19.2, 12.8, 13.8, 21.0),
+        "p_mpjpe": (16.6, 18.1, 16.2, 17.0, 17.0, 22.2, 19.0, 17.1, 22.4, 25.9, 17.5, 16.4, 16.3, 10.8, 11.6, 17.6)},
+}
+HUMAN36M = "Human3.6M"
+
+
+def paper_row(recipe):
+    """The papers' per-action row that a recipe's settings stand for, as an entry of PAPER, or None."""
+    detector = recipe.keypoints.split("_")[0]                                   # cpn_ft_h36m_dbb -> cpn
+    if recipe.skeleton != "h36m17":
+        return None
+    if recipe.method == "gridconv":
+        return PAPER.get(("gridconv", detector, recipe.target)) if recipe.layout == "autogrids" else None
+    key = ("glagcn", detector, recipe.reconstruct, recipe.channels)
+    return PAPER.get(key) if math.prod(recipe.filter_widths) == 243 else None
+
+
+def markdown(header, rows):
+    """A markdown table with aligned columns: the first to the left, the others to the right; None shows as -."""
+    show = lambda cell: f"{cell:.2f}" if isinstance(cell, float) else "-" if cell is None else str(cell)
+    cells = [[show(cell) for cell in row] for row in (header, *rows)]
+    width = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["| " + " | ".join([row[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(row[1:], width[1:]))]) + " |"
+             for row in cells]
+    lines.insert(1, "|" + "|".join(["-" * (width[0] + 2), *("-" * (w + 1) + ":" for w in width[1:])]) + "|")
+    return "\n".join(lines)
+
+
+def report(result, source, recipe, yardstick=None):
+    """The tables of a `score` as markdown text.
+
+    `source` says what the data is (data.provenance). Only where it is Human3.6M, and the recipe's settings are those of
+    a printed per-action row, does the paper's figure stand beside each measured one; other data is called what it is.
+    """
+    paper = (paper_row(recipe) if source == HUMAN36M else None) or {}
+    order = sorted(result["actions"], key=lambda name: (ACTIONS.index(name) if name in ACTIONS else 99, name))
+    header, rows = ["action", "frames"], [[name, result["actions"][name]["frames"]] for name in order]
+    rows.append(["average", result["frames"]])
+    for metric, title in METRICS.items():
+        header.append(title)
+        for row in rows:
+            row.append(result["actions"].get(row[0], result)[metric])
+        if metric in paper:
+            header.append("paper")
+            printed = dict(zip((*ACTIONS, "average"), paper[metric]))
+            for row in rows:
+                row.append(printed.get(row[0]))
+    text = [f"Data: {source}, {result['frames']:,} test frames. Errors in mm, MPJVE in mm per frame; the average over "
+            f"actions is unweighted.", markdown(header, rows)]
+    if paper:
+        text.append(f"The paper's figures are those of {paper['source']}.")
+    if source != HUMAN36M:
+        text.append("This is not Human3.6M: no figure here compares with the papers' Human3.6M tables.")
+
+    def table(first, groups, metrics, header):
+        rows = [[name, row["frames"]] + [row[metric] for metric in metrics] for name, row in groups]
+        text.append(markdown([first, "frames", *header], rows))
+
+    table("subject", [*sorted(result["subjects"].items()), ("all frames", result["pooled"])], METRICS, METRICS.values())
+    if recipe.data == "humaneva":                                               # GLA-GCN's Table 2
+        subjects = sorted(result["subjects"])
+        cells = [[name] + [result["cells"][name].get(s, {}).get("p_mpjpe") for s in subjects] for name in order]
+        text += ["P-MPJPE by action and subject:", markdown(["action", *subjects], cells)]
+    if "sequences" in result:                                                   # GLA-GCN's and GridConv's Table 3
+        text.append("PCK at 150 mm and AUC in %, valid frames pooled, over 17 joints and over the benchmark's 14:")
+        table("sequence", [*sorted({**result["sequences"], **result["scenes"]}.items()), ("all", result["all"])],
+              [metric + ending for ending in ("", "_14") for metric in ("mpjpe", "pck", "auc")],
+              ["MPJPE", "PCK", "AUC", "MPJPE 14", "PCK 14", "AUC 14"])
+    if yardstick:
+        text.append(f"MPJPE over all frames: this model {result['pooled']['mpjpe']:.2f} mm; yardsticks: training mean "
+                    f"pose {yardstick['mean_pose']:.2f} mm, affine map of the 2D pose {yardstick['affine']:.2f} mm.")
+    return "\n\n".join(text)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Looking inside
+
+def inspect(model):
+    """What a model is made of, as text: method, parameters and, for GridConv, the grid and its equivalent graph.
+
+    Two joints are linked in the graph where their cells touch horizontally or vertically (Figure 6). For a learnt grid
+    also: the two most probable joints of each cell (softmax of S_prob, Eq. 4-5), the joints dropped, and how many
+    cells differ from a one-hot prior.
+    """
+    recipe, skeleton = model.recipe, data.SKELETONS[model.recipe.skeleton]
+    label = lambda joint: f"{joint} {skeleton.joints[joint]}"
+    size = sum(p.numel() for p in model.parameters())
+    text = [f"{recipe.name} ({recipe.method}): {size:,} parameters, receptive field {model.receptive_field}, epoch "
+            f"{model.epoch}, trained on {model.trained_on or 'unnamed data'}"]
+    learnt = getattr(model, "autogrids", None)
+    S = learnt.assignment() if learnt is not None else model.assignment() if recipe.method == "gridconv" else None
+    if S is None:
+        return text[0]
+    H, P = model.grid_shape
+    cells = [row.nonzero().flatten().tolist() for row in S.cpu()]               # RELEASED_5X5 has a cell of two joints
+    shown = ["+".join(map(str, cell)).rjust(4) for cell in cells]
+    text += [f"grid, {H} x {P}:"] + [" ".join(shown[i * P:i * P + P]) for i in range(H)]
+    pairs = [(i * P + j, k * P + l) for i in range(H) for j in range(P) for k, l in ((i, j + 1), (i + 1, j))
+             if k < H and l < P]
+    links = {pair for c, d in pairs for a in cells[c] for b in cells[d] if a != b for pair in ((a, b), (b, a))}
+    bones = sum(tuple(edge) in links for edge in skeleton.edges)
+    text.append(f"neighbours in the grid ({bones} of {len(skeleton.edges)} skeleton links among them):")
+    for joint in range(len(skeleton.joints)):
+        text.append(f"  {label(joint)}: {', '.join(label(b) for a, b in sorted(links) if a == joint) or 'none'}")
+    if learnt is not None:
+        text.append("most probable joints of each cell (row, column):")
+        for i, (p, joint) in enumerate(zip(*(t.tolist() for t in learnt.s_prob.softmax(1).topk(2)))):
+            text.append(f"  {i // P}, {i % P}: " + ", ".join(f"{label(b)} {a:.3f}" for a, b in zip(p, joint)))
+        text.append(f"dropped joints: {', '.join(map(label, learnt.dropped())) or 'none'}")
+        changed = cells_changed(model)
+        text.append("cells changed from the prior: " + ("not known" if changed is None else f"{changed} of {H * P}"))
+    return "\n".join(text)
+
+
+def cells_changed(model):
+    """How many cells of a learnt grid hold another joint than their prior; None where that is not known (a release's
+    file, a random prior), or the grid is not learnt."""
+    learnt = getattr(model, "autogrids", None)
+    if learnt is None or model.recipe.name == _RELEASED_GRIDCONV["name"]:
+        return None
+    prior = _layout(model.recipe, model.num_joints, tuple(model.grid_shape)).s_prob.detach()
+    one_hot = bool(((prior == 0) | (prior == 1)).all())
+    return int((prior.argmax(1) != learnt.assignment().cpu().argmax(1)).sum()) if one_hot else None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all others."""
+
+    def error(self, message):
+        raise InputError(f"{self.prog}: {message} (--help shows the options)")
+
+
+def numbers(text):
+    """Comma-separated whole numbers, as a tuple."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def _checkpoint_options(parser):
+    """The checkpoint and what a release's file does not say; `_load` reads them back."""
+    parser.add_argument("checkpoint", help="a checkpoint of train.py, of GridConv's release or of GLA-GCN's")
+    parser.add_argument("--padding", type=lambda text: tuple(text.split(",")),
+                        help="GridConv's release: padding of its branches, as circular,zeros")
+    parser.add_argument("--grid", type=numbers, help="GridConv's release: grid rows and columns, where not 5,5")
+    parser.add_argument("--filter-widths", type=numbers, help="GLA-GCN's release: as 3,3,3,3,3 for T = 243")
+    parser.add_argument("--skeleton", help="GLA-GCN's release: h36m17 or 3dhp17 for 17 joints")
+    parser.add_argument("--normalise", help="2D normalisation: release-500, width or longest")
+
+
+def _load(args, **overrides):
+    names = ("padding", "grid", "filter_widths", "skeleton", "normalise")
+    return load_model(args.checkpoint, **{name: getattr(args, name) for name in names}, **overrides)
+
+
+def pick_device(name=None):
+    """The device of that name, by default CUDA where there is one; an unusable one is an InputError."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def load_store(model, folder, split, device="cpu"):
+    """The frame store of the dataset that a model's recipe names; InputError where its joints are not the model's."""
+    recipe, fitting = model.recipe, DATASETS.get(model.recipe.data, (model.recipe.skeleton,))
+    if recipe.skeleton not in fitting:
+        raise InputError(f"the model lifts the joints of {recipe.skeleton}, {recipe.data} data has those of "
+                         f"{' or '.join(fitting)}: evaluate it on other data (--dataset)")
+    return data.FrameStore(data.load_dataset(recipe, folder, split), recipe.normalise, data.SKELETONS[recipe.skeleton],
+                           device=device, target=recipe.target)
+
+
+def evaluate_command(argv):
+    """python eval.py CHECKPOINT --data DIR: the table of a model's errors on a dataset's test split."""
+    parser = Parser(prog="eval.py", description=evaluate_command.__doc__,
+                    epilog="also: eval.py " + ", ".join(COMMANDS) + " (eval.py COMMAND --help)")
+    _checkpoint_options(parser)
+    parser.add_argument("--data", default="data", help="the folder with the dataset's files (default: data)")
+    parser.add_argument("--dataset", choices=DATASETS, help="another dataset than the one trained on")
+    parser.add_argument("--keypoints", help="the 2D poses, as gt, hrnet or cpn_ft_h36m_dbb")
+    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, help="average with the mirrored input's")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    args = parser.parse_args(argv)
+    device = pick_device(args.device)
+    model = _load(args, data=args.dataset, keypoints=args.keypoints).to(device)
+    recipe = model.recipe
+    flip = recipe.flip_test if args.flip is None else args.flip
+    store = load_store(model, args.data, "test", device)
+    source = data.provenance(store.sequences)
+    result = evaluate(model, store, flip=flip)
+    try:
+        yardstick = yardsticks(load_store(model, args.data, "train", device), store)
+    except (InputError, OSError) as error:                                      # training data need not be at hand
+        yardstick = None
+        print(f"no yardsticks: {error}", file=sys.stderr)
+    print(f"{args.checkpoint}: {recipe.name}, {recipe.keypoints} 2D, {'with' if flip else 'without'} flip averaging\n")
+    print(report(result, source, recipe, yardstick))
+    if args.json:
+        kept = {"checkpoint": str(args.checkpoint), "data": source, "flip": flip, "yardsticks": yardstick, **result,
+                "recipe": vars(recipe)}
+        data.write_atomically(args.json, lambda file: file.write((json.dumps(kept, indent=1) + "\n").encode()))
+
+
+def inspect_command(argv):
+    """python eval.py inspect CHECKPOINT: a model's size, its grid and the equivalent graph, and what it learnt."""
+    parser = Parser(prog="eval.py inspect", description=inspect_command.__doc__)
+    _checkpoint_options(parser)
+    model = _load(parser.parse_args(argv))
+    print(inspect(model))
+
+
+COMMANDS = {"inspect": inspect_command}
+
+
+def main(argv=None):
+    """Runs one of COMMANDS, or evaluates the checkpoint that the first argument names."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in COMMANDS:
+        COMMANDS[argv[0]](argv[1:])
+    else:
+        evaluate_command(argv)
+
+
+if __name__ == "__main__":
+    data.run(main)
