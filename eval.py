@@ -10,6 +10,7 @@
 import argparse
 import json
 import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -131,6 +132,13 @@ def _tuples(value):
 EDGES = {"h36m17": glagcn.H36M_EDGES, "humaneva15": glagcn.HUMANEVA15_EDGES, "3dhp17": glagcn.MPI3DHP_EDGES}
 
 
+def _random_logits(joints, grid, seed):
+    """AutoGrids from random logits that depend on the seed alone, so that what it changed can be told later."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return gridconv.AutoGrids(joints, grid, prior="random")
+
+
 def _layout(recipe, joints, grid):
     """The layout a GridConv recipe names: a nested tuple of joint numbers, or an AutoGrids."""
     designed = {(17, (5, 5)): gridconv.HANDCRAFTED_5X5, (32, (7, 5)): gridconv.HANDCRAFTED_7X5}.get((joints, grid))
@@ -138,10 +146,10 @@ def _layout(recipe, joints, grid):
     if name == "random":
         return gridconv.random_layout(joints, grid, seed)
     if name == "autogrids-random":
-        return gridconv.AutoGrids(joints, grid, prior=gridconv.random_layout(joints, grid, seed))
+        return _random_logits(joints, grid, seed)
     if name == "autogrids":
         prior = "handcrafted" if (joints, grid) == (17, (5, 5)) else designed or "random"
-        return gridconv.AutoGrids(joints, grid, prior=prior)
+        return _random_logits(joints, grid, seed) if prior == "random" else gridconv.AutoGrids(joints, grid, prior=prior)
     if name not in ("handcrafted", "released", "row", "column", "global"):
         raise InputError(f"layout {name!r} unknown: handcrafted, released, random, row, column, global, autogrids or "
                          f"autogrids-random expected")
@@ -456,14 +464,14 @@ def paper_row(recipe):
 
 
 def markdown(header, rows):
-    """A markdown table with aligned columns: the first to the left, the others to the right; None shows as -."""
-    show = lambda cell: f"{cell:.2f}" if isinstance(cell, float) else "-" if cell is None else str(cell)
-    cells = [[show(cell) for cell in row] for row in (header, *rows)]
-    width = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["| " + " | ".join([row[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(row[1:], width[1:]))]) + " |"
-             for row in cells]
-    lines.insert(1, "|" + "|".join(["-" * (width[0] + 2), *("-" * (w + 1) + ":" for w in width[1:])]) + "|")
-    return "\n".join(lines)
+    """A markdown table with aligned columns: figures to the right, words to the left; None shows as -."""
+    cells = [[f"{c:.2f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row] for row in [header, *rows]]
+    columns = list(zip(*cells))
+    width = [max(map(len, column)) for column in columns]
+    left = [any(re.search("[A-Za-z]", cell) for cell in column[1:]) for column in columns]
+    lines = ["| " + " | ".join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(row, width, left)) + " |" for row in cells]
+    rule = "|" + "|".join("-" * (w + 2) if l else "-" * (w + 1) + ":" for w, l in zip(width, left)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def report(result, source, recipe, yardstick=None):
@@ -520,7 +528,7 @@ def inspect(model):
 
     Two joints are linked in the graph where their cells touch horizontally or vertically (Figure 6). For a learnt grid
     also: the two most probable joints of each cell (softmax of S_prob, Eq. 4-5), the joints dropped, and how many
-    cells differ from a one-hot prior.
+    cells differ from the start.
     """
     recipe, skeleton = model.recipe, data.SKELETONS[model.recipe.skeleton]
     label = lambda joint: f"{joint} {skeleton.joints[joint]}"
@@ -548,19 +556,18 @@ def inspect(model):
             text.append(f"  {i // P}, {i % P}: " + ", ".join(f"{label(b)} {a:.3f}" for a, b in zip(p, joint)))
         text.append(f"dropped joints: {', '.join(map(label, learnt.dropped())) or 'none'}")
         changed = cells_changed(model)
-        text.append("cells changed from the prior: " + ("not known" if changed is None else f"{changed} of {H * P}"))
+        text.append("cells changed from the start: " + ("not known" if changed is None else f"{changed} of {H * P}"))
     return "\n".join(text)
 
 
 def cells_changed(model):
-    """How many cells of a learnt grid hold another joint than their prior; None where that is not known (a release's
-    file, a random prior), or the grid is not learnt."""
+    """How many cells of a learnt grid hold another joint than at the start; None where there is no learnt grid, or where
+    its start is not known (a release's file)."""
     learnt = getattr(model, "autogrids", None)
     if learnt is None or model.recipe.name == _RELEASED_GRIDCONV["name"]:
         return None
-    prior = _layout(model.recipe, model.num_joints, tuple(model.grid_shape)).s_prob.detach()
-    one_hot = bool(((prior == 0) | (prior == 1)).all())
-    return int((prior.argmax(1) != learnt.assignment().cpu().argmax(1)).sum()) if one_hot else None
+    start = _layout(model.recipe, model.num_joints, tuple(model.grid_shape))
+    return int((start.assignment().argmax(1) != learnt.assignment().cpu().argmax(1)).sum())
 
 
 # --------------------------------------------------------------------------------------------------------------------

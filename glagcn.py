@@ -20,14 +20,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # Links as (parent, child).
-H36M_EDGES = ((0, 1), (1, 2), (2, 3), (0, 4), (4, 5), (5, 6), (0, 7), (7, 8), (8, 9), (9, 10), (8, 11), (11, 12), (12, 13),
-              (8, 14), (14, 15), (15, 16))
+H36M_EDGES = ((0, 1), (1, 2), (2, 3), (0, 4), (4, 5), (5, 6), (0, 7), (7, 8), (8, 9), (9, 10), (8, 11), (11, 12),
+              (12, 13), (8, 14), (14, 15), (15, 16))
 # The release's list: some links point up the tree, some down, and its weights were trained with that.
-HUMANEVA15_EDGES = ((1, 14), (2, 1), (3, 2), (4, 3), (5, 1), (6, 5), (7, 6), (0, 1), (11, 0), (12, 11), (13, 12), (8, 0),
-                    (9, 8), (10, 9))
+HUMANEVA15_EDGES = ((1, 14), (2, 1), (3, 2), (4, 3), (5, 1), (6, 5), (7, 6), (0, 1), (11, 0), (12, 11), (13, 12),
+                    (8, 0), (9, 8), (10, 9))
 # The dataset's own tree from the pelvis (14); the release's script passes Human3.6M's links to this joint order.
-MPI3DHP_EDGES = ((14, 15), (15, 1), (1, 16), (16, 0), (1, 2), (2, 3), (3, 4), (1, 5), (5, 6), (6, 7), (14, 8), (8, 9), (9, 10),
-                 (14, 11), (11, 12), (12, 13))
+MPI3DHP_EDGES = ((14, 15), (15, 1), (1, 16), (16, 0), (1, 2), (2, 3), (3, 4), (1, 5), (5, 6), (6, 7), (14, 8), (8, 9),
+                 (9, 10), (14, 11), (11, 12), (12, 13))
 
 TEMPORAL_KERNEL = 9  # Gamma; the release's, where the paper says 9 in one place and 3 in another
 
@@ -79,22 +79,6 @@ def shortcut(c_in, c_out):
     return nn.Identity() if c_in == c_out else nn.Sequential(conv2d(c_in, c_out), nn.BatchNorm2d(c_out))
 
 
-class Dropout(nn.Dropout):
-    """nn.Dropout; on a CPU it draws 16 random bits an element instead of a double, several times as fast.
-
-    There p is rounded to a multiple of 2^-16, and the scaling is that of the rounded p.
-    """
-
-    def forward(self, x):
-        if not self.training or self.p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(x)
-        dropped = min(round(self.p * 2**16), 2**16 - 1)
-        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        noise = torch.empty_like(x)  # filled in memory order, whatever the memory format
-        noise.as_strided((x.numel(),), (1,)).copy_(bits[:x.numel()] >= dropped - 2**15)
-        return x * noise.mul_(2**16 / (2**16 - dropped))
-
-
 class AdaptiveGraphConv(nn.Module):
     """Eq. 2: f_out = sum over k of W_k f_in (A_k + B_k + C_k); features (B, C_in, J, T) -> (B, C_out, J, T).
 
@@ -116,7 +100,7 @@ class AdaptiveGraphConv(nn.Module):
             nn.init.normal_(self.embed.weight, std=math.sqrt(2 / self.embedding))
         self.W = nn.Parameter(torch.randn(c_out, c_in, 3, 1) * math.sqrt(2 / (c_out * c_in * 3)))  # W[:, :, k]
         self.bias = nn.Parameter(torch.zeros(3, c_out))
-        self.norm, self.dropout = nn.BatchNorm2d(c_out), Dropout(dropout)
+        self.norm, self.dropout = nn.BatchNorm2d(c_out), nn.Dropout(dropout)
         nn.init.constant_(self.norm.weight, 1e-6)
         self.shortcut = shortcut(c_in, c_out)
 
@@ -155,7 +139,8 @@ class AGCNBlock(nn.Module):
     def __init__(self, c_in, c_out, A, stride=1, residual=True, relu=True, dropout=0.1, adaptive=True):
         super().__init__()
         self.spatial = AdaptiveGraphConv(c_in, c_out, A, dropout, adaptive)
-        self.temporal = conv2d(c_out, c_out, (1, TEMPORAL_KERNEL), stride=(1, stride), padding=(0, TEMPORAL_KERNEL // 2))
+        self.temporal = conv2d(c_out, c_out, (1, TEMPORAL_KERNEL), stride=(1, stride),
+                               padding=(0, TEMPORAL_KERNEL // 2))
         self.norm, self.relu = nn.BatchNorm2d(c_out), relu
         self.shortcut = shortcut(c_in, c_out) if residual else None
 
@@ -186,7 +171,7 @@ class StridedAGCN(nn.Module):
         self.width, self.frame = (width, width - 1 if causal else width // 2) if stride else (1, 0)
         self.first = AGCNBlock(channels, channels, A, dropout=dropout, adaptive=adaptive)
         self.second = AGCNBlock(channels, channels, A, self.width, residual=False, dropout=dropout, adaptive=adaptive)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
         if x.shape[-1] % self.width:
@@ -217,7 +202,8 @@ class IndividuallyConnected(nn.Module):
             self.W = nn.Parameter(torch.randn(num_joints, channels, out) * std)
             self.b = nn.Parameter(torch.zeros(num_joints, out))
         if unshared_weight < 1:
-            self.W_shared, self.b_shared = nn.Parameter(torch.randn(channels, out) * std), nn.Parameter(torch.zeros(out))
+            self.W_shared = nn.Parameter(torch.randn(channels, out) * std)
+            self.b_shared = nn.Parameter(torch.zeros(out))
 
     def forward(self, v):
         shared = 0 if self.W_shared is None else v @ self.W_shared + self.b_shared              # Eq. 6
@@ -273,7 +259,7 @@ class GLAGCN(nn.Module):
             raise ValueError("filter_widths: one for each strided module expected, none found")
         self.receptive_field, self.num_joints, self.in_dim = math.prod(filter_widths), num_joints, in_dim
         self.causal, A = causal, spatial_partition(edges, num_joints)
-        options = dict(dropout=dropout, adaptive=adaptive)
+        options, strides = dict(dropout=dropout, adaptive=adaptive), temporal == "stride"
         self.data_norm = nn.BatchNorm1d(num_joints * in_dim)
         self.expand = AGCNBlock(in_dim, channels, A, **options)
         self.reconstruction = nn.ModuleList(
@@ -281,9 +267,9 @@ class GLAGCN(nn.Module):
         # Without a last ReLU: coordinates take both signs.
         self.sequence_head = AGCNBlock(channels, 3, A, relu=False, **options) if reconstruct else None
         self.strided = nn.ModuleList(
-            StridedAGCN(channels, A, width, causal=causal, stride=temporal == "stride", **options) for width in filter_widths)
-        self.head = (IndividuallyConnected(channels, num_joints, unshared_weight=unshared_weight) if head == "individual"
-                     else FullyConnected(channels, num_joints))
+            StridedAGCN(channels, A, width, causal=causal, stride=strides, **options) for width in filter_widths)
+        self.head = (FullyConnected(channels, num_joints) if head == "full" else
+                     IndividuallyConnected(channels, num_joints, unshared_weight=unshared_weight))
 
     def forward(self, x, return_sequence=False):
         wanted = (self.receptive_field, self.num_joints, self.in_dim)
@@ -352,34 +338,33 @@ def from_released(state_dict, filter_widths=(3, 3, 3, 3, 3), edges=H36M_EDGES):
     ValueError: another number of strided modules than filter_widths, missing, unknown or misshapen weights.
     """
     old = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    for key in ("fc.weight", "expand_gcn.gcn1.PA"):
-        if key not in old:
-            raise ValueError(f"no GLA-GCN weights: {key} is missing")
+    widths = tuple(filter_widths)
     modules = len({key.split(".")[1] for key in old if key.startswith("layers_tcngcn.")}) / 2
-    if modules != len(filter_widths):
-        raise ValueError(f"filter_widths: {len(filter_widths)} of them, but the weights have {modules:g} strided modules")
-    new, unknown = {"head.W_shared": old.pop("fc.weight")[:, :, 0].T, "head.b_shared": old.pop("fc.bias")}, {}
+    if modules != len(widths):
+        raise ValueError(f"filter_widths: {len(widths)} of them, but the weights have {modules:g} strided modules")
     blocks = {"expand_gcn": "expand"}
-    for i in range(len(filter_widths)):
+    for i in range(len(widths)):
         blocks |= {f"layers_tcngcn.{2 * i}": f"strided.{i}.first", f"layers_tcngcn.{2 * i + 1}": f"strided.{i}.second"}
-    names = {"gcn1.PA": "spatial.B", "gcn1.bn": "spatial.norm", "gcn1.down": "spatial.shortcut", "tcn1.conv": "temporal",
-             "tcn1.bn": "norm", "residual.conv": "shortcut.0", "residual.bn": "shortcut.1"}
+    names = {"gcn1.PA": "spatial.B", "gcn1.bn": "spatial.norm", "gcn1.down": "spatial.shortcut",
+             "tcn1.conv": "temporal", "tcn1.bn": "norm", "residual.conv": "shortcut.0", "residual.bn": "shortcut.1"}
     names = {f"{theirs}.{part}": f"{ours}.{name}" for theirs, ours in blocks.items() for part, name in names.items()}
     names["data_bn"] = "data_norm"
     try:
+        channels, joints = old["fc.weight"].shape[1], old["expand_gcn.gcn1.PA"].shape[-1]
+        new = {"head.W_shared": old.pop("fc.weight")[:, :, 0].T, "head.b_shared": old.pop("fc.bias")}
         for theirs, ours in blocks.items():
-            take = lambda letters, kind: [old.pop(f"{theirs}.gcn1.conv_{a}.{k}.{kind}") for a in letters for k in range(3)]
-            new[f"{ours}.spatial.embed.weight"] = torch.cat(take("ab", "weight"))
-            new[f"{ours}.spatial.embed.bias"] = torch.cat(take("ab", "bias"))
+            def take(letter, kind):
+                return [old.pop(f"{theirs}.gcn1.conv_{letter}.{k}.{kind}") for k in range(3)]
+
+            new[f"{ours}.spatial.embed.weight"] = torch.cat(take("a", "weight") + take("b", "weight"))
+            new[f"{ours}.spatial.embed.bias"] = torch.cat(take("a", "bias") + take("b", "bias"))
             new[f"{ours}.spatial.W"] = torch.cat(take("d", "weight"), dim=2)
             new[f"{ours}.spatial.bias"] = torch.stack(take("d", "bias"))
-        for key, value in old.items():
-            part = next((part for part in names if key == part or key.startswith(part + ".")), None)
-            target = unknown if part is None else new
-            target[key if part is None else names[part] + key[len(part):]] = value.mT if key.endswith("tcn1.conv.weight") else value
-        model = GLAGCN(new["expand.spatial.B"].shape[-1], edges, filter_widths, len(new["head.W_shared"]), unshared_weight=0.0)
-        model.to(new["head.W_shared"].dtype)
-        model.load_state_dict(new | unknown)
+        for key, value in old.items():  # what has no counterpart keeps its name, and load_state_dict names it
+            part = next((part for part in names if key == part or key.startswith(part + ".")), key)
+            new[names.get(part, part) + key[len(part):]] = value.mT if key.endswith("tcn1.conv.weight") else value
+        model = GLAGCN(joints, edges, widths, channels, unshared_weight=0.0).to(new["head.W_shared"].dtype)
+        model.load_state_dict(new)
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"no GLA-GCN weights for filter widths {tuple(filter_widths)}: {error}") from None
+        raise ValueError(f"no GLA-GCN weights for filter widths {widths}: {error}") from None
     return model

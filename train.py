@@ -73,6 +73,7 @@ class Recipe:
     temperature: float = 30.0  # of the attention's sigmoid
     anneal_epochs: float = 0.0  # epochs over which the temperature falls to 1, as the release meant to; 0: constant
     noise_epochs: float = 30.0  # epochs with Gumbel noise in AutoGrids
+    grid_lr: float = 1.0  # S_prob's learning rate as a multiple of the others'; 0: a learnable grid that stays frozen
     filter_widths: tuple = (3, 3, 3, 3, 3)  # T is their product
     channels: int = 96
     reconstruct: bool = False  # the 3D sequence head (Eq. 4) and stage one
@@ -82,6 +83,7 @@ class Recipe:
     adaptive: bool = True  # False: ST-GCN, without C_k (Table 6)
     temporal: str = "stride"  # stride or mean (Table 6)
     head: str = "individual"  # individual or full (Table 6)
+    head_scale: float = 1.0  # the head's first weights as a multiple of the release's, which start metres off
     # training
     loss: str = "mse"  # mse, grid (mse between grid poses) or mpjpe
     optimizer: str = "adam"  # adam, amsgrad or ranger
@@ -148,19 +150,18 @@ def _recipes():
     add("glagcn-humaneva-mrcnn", "GLA-GCN Table 2, MRCNN, P2", 0.0, 15.4, base=gla, keypoints="detectron_pt_coco", **humaneva)
 
     # Motion that anyone may hold: the open benchmark, and procedural motion that needs no data at all.
-    small = Recipe(data="mocap", layout="handcrafted", hidden=64, dropout=0.0, loss="mpjpe", lr=3e-3, epochs=30.0,
-                   schedule="cosine-smooth", eval_every=5, ours="everything but the network")
+    small = Recipe(data="mocap", layout="handcrafted", hidden=64, dropout=0.0, loss="mpjpe", lr=3e-3, epochs=12.0,
+                   schedule="cosine-smooth", eval_every=4, ours="everything but the network")
     add("gridconv-mocap", "open mocap benchmark", base=small)
-    add("gridconv-mocap-learnable", "open mocap benchmark", base=small, layout="autogrids", noise_epochs=9.0)
+    add("gridconv-mocap-learnable", "open mocap benchmark", base=small, layout="autogrids", noise_epochs=1.2)
     small_gla = Recipe(data="mocap", method="glagcn", normalise="release-500", dropout=0.0, loss="mpjpe",
-                       optimizer="adam", lr=3e-3, batch=256, epochs=8.0, schedule="cosine-smooth", channels=48,
+                       lr=3e-3, batch=64, epochs=1.5, schedule="cosine-smooth", channels=32, head_scale=0.1,
                        filter_widths=(3,) * 3, ours="everything but the network")
     add("glagcn-mocap", "open mocap benchmark", base=small_gla)
-    tiny = dict(data="synthetic", eval_every=2)
-    add("gridconv-synthetic", "embedded default", base=small, epochs=6.0, hidden=32, **tiny)
-    add("gridconv-synthetic-learnable", "embedded default", base=small, epochs=6.0, hidden=32, layout="autogrids",
-        noise_epochs=2.0, **tiny)
-    add("glagcn-synthetic", "embedded default", base=small_gla, epochs=1.0, channels=24, **tiny)
+    tiny = dict(data="synthetic", batch=64, eval_every=2)
+    grid = add("gridconv-synthetic", "embedded default", base=small, epochs=6.0, hidden=32, **tiny)
+    add("gridconv-synthetic-learnable", "embedded default", base=grid, layout="autogrids", noise_epochs=0.6)
+    add("glagcn-synthetic", "embedded default", base=small_gla, epochs=1.5, channels=24, **tiny)
     return {recipe.name: recipe for recipe in rows}
 
 
@@ -199,13 +200,16 @@ def ranger(params, lr):
     return Ranger(params, lr)
 
 
-def make_optimizer(recipe, params):
-    """The recipe's optimiser over `params`: adam, amsgrad or ranger."""
-    params = list(params)
+def make_optimizer(recipe, *modules):
+    """The recipe's optimiser (adam, amsgrad or ranger) over the modules' parameters; S_prob has a rate of its own."""
+    named = [pair for module in modules for pair in module.named_parameters()]
+    groups = [{"params": [p for name, p in named if name.endswith("s_prob") == grid], "scale": recipe.grid_lr if grid else 1.0}
+              for grid in (False, True)]
+    groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "ranger":
-        return ranger(params, recipe.lr)
+        return ranger(groups, recipe.lr)
     if recipe.optimizer in ("adam", "amsgrad"):
-        return torch.optim.Adam(params, recipe.lr, amsgrad=recipe.optimizer == "amsgrad")
+        return torch.optim.Adam(groups, recipe.lr, amsgrad=recipe.optimizer == "amsgrad")
     raise InputError(f"optimizer: unknown {recipe.optimizer!r}, expected adam, amsgrad or ranger")
 
 
@@ -293,8 +297,11 @@ class Run:
         torch.manual_seed(recipe.seed)
         self.recipe, self.store, self.out, self.device = recipe, train_store, Path(out), device
         self.model = evaluation.build_model(recipe).to(device)
+        if recipe.method == "glagcn":
+            for weight in self.model.head.parameters():
+                weight.data *= recipe.head_scale
         self.refinement = Refinement(self.model.num_joints).to(device) if recipe.refine else nn.Module()
-        self.optimizer = make_optimizer(recipe, [*self.model.parameters(), *self.refinement.parameters()])
+        self.optimizer = make_optimizer(recipe, self.model, self.refinement)
         self.samples = len(train_store) * (2 if recipe.flips else 1)
         self.epoch_steps = math.ceil(self.samples / recipe.batch)
         self.total_steps = max(1, round(recipe.epochs * self.epoch_steps))
@@ -355,7 +362,7 @@ class Run:
         """One optimiser step on the samples `chunk`; its loss goes to self.losses."""
         recipe, epoch = self.recipe, self.step / self.epoch_steps
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, epoch)
+            group["lr"] = group["scale"] * learning_rate(recipe, epoch)
         if recipe.anneal_epochs:
             self.model.temperature = 1 + 29 * max(0.0, 1 - epoch / recipe.anneal_epochs)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16" and (
@@ -500,7 +507,7 @@ def finish(run, stores):
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                             cwd=Path(__file__).parent).stdout.strip()
     result = {"recipe": dataclasses.asdict(recipe), "data": run.trained_on, "train_frames": len(stores["train"]),
-              "test_frames": len(stores["test"]), "parameters": sum(p.numel() for p in run.model.parameters()),
+              "test_frames": len(stores["test"]), "parameters": parameters(recipe),
               "epochs": run.step / run.epoch_steps, "last": last, "best": run.best,
               "yardsticks": evaluation.yardsticks(stores["train"], stores["test"]), "seconds": run.seconds,
               "seed": recipe.seed, "commit": commit, "torch": torch.__version__, "python": platform.python_version(),
@@ -513,11 +520,8 @@ def finish(run, stores):
         result["refined, with the true root position and the intrinsics"] = evaluation.score(pose.cpu(), stores["test"])
     grid = getattr(run.model, "autogrids", None)
     if grid is not None:
-        torch.manual_seed(recipe.seed)
-        prior = evaluation.build_model(recipe).autogrids.assignment().to(run.device)
-        now = grid.assignment()
-        result["autogrids"] = {"cells_changed": int((now.argmax(1) != prior.argmax(1)).sum()), "dropped": grid.dropped(),
-                               "layout": now.argmax(1).view(grid.grid_shape).tolist()}
+        result["autogrids"] = {"cells_changed": evaluation.cells_changed(run.model), "dropped": grid.dropped(),
+                               "layout": grid.assignment().argmax(1).view(grid.grid_shape).tolist()}
     return result
 
 
@@ -592,26 +596,34 @@ def with_options(recipe, args):
     return dataclasses.replace(recipe, **changes)
 
 
-def list_recipes(folder):
-    """Print every recipe: the row it reproduces, the paper's figure, the data it needs, its parameters."""
-    print(f"{'recipe':32}{'paper, mm':>14}  {'parameters':>10}  row")
-    for recipe in RECIPES.values():
-        paper = " / ".join(f"{v:g}" for v in (recipe.paper_mpjpe, recipe.paper_p_mpjpe) if v) or "-"
-        count = sum(p.numel() for p in evaluation.build_model(recipe).parameters())
-        ours = f"  [ours: {recipe.ours}]" if recipe.ours else ""
-        print(f"{recipe.name:32}{paper:>14}  {count:>10,}  {recipe.row}; {recipe.data} {recipe.keypoints}{ours}")
+def parameters(recipe):
+    """The number of parameters that a recipe trains, the refinement network's among them."""
+    model = evaluation.build_model(recipe)
+    extra = Refinement(model.num_joints).parameters() if recipe.refine else ()
+    return sum(p.numel() for p in (*model.parameters(), *extra))
+
+
+def list_recipes():
+    """Print every recipe: the row it reproduces, the paper's figure, the data it needs, its parameters, what is ours."""
+    rows = []
+    for r in RECIPES.values():
+        paper = " / ".join(f"{v:g}" for v in (r.paper_mpjpe, r.paper_p_mpjpe) if v) or None
+        rows.append([r.name, paper, f"{parameters(r) / 1e6:.2f} M", f"{r.data} {r.keypoints}", r.row, r.ours or None])
+    print(evaluation.markdown(["recipe", "paper, mm", "parameters", "data", "row", "ours"], rows))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Ablations and reports
 
-_LAYOUTS = {"random": dict(layout="random"), "handcrafted": {}, "learnable": dict(layout="autogrids"),
-            "learnable from the random one": dict(layout="autogrids-random")}
+# noise_epochs is a fraction of the run here
+_LAYOUTS = {"random": (38.1, dict(layout="random")), "handcrafted": (37.1, {}),
+            "learnable": (36.4, dict(layout="autogrids", noise_epochs=0.1)),
+            "learnable from random logits": (None, dict(layout="autogrids-random")),
+            "those random logits, frozen": (None, dict(layout="autogrids-random", grid_lr=0.0))}
 _PAIRS = {"#1": "circular", "#2": "replicate", "#3": ("replicate", "circular"), "#4": ("circular", "replicate")}
 # table -> (base recipe, what the paper's figures are, {row: (paper's figure or None, fields)})
 ABLATIONS = {
-    "gridconv-5": ("gridconv-mocap", "P1*, Table 5", {
-        name: (paper, _LAYOUTS[name]) for name, paper in zip(_LAYOUTS, (38.1, 37.1, 36.4, None))}),
+    "gridconv-5": ("gridconv-mocap", "P1*, Table 5", _LAYOUTS),
     "gridconv-B": ("gridconv-mocap", "P1*, Table B", {
         "no shuffle": (37.1, {}), **{f"{how} shuffle": (paper, dict(layout=how)) for how, paper in
                                      (("row", 38.4), ("column", 37.7), ("global", 39.4))}}),
@@ -672,7 +684,8 @@ def ablate(table, folder, out, minutes, seeds, base_options, device=None):
         for label, (_, fields) in rows.items():
             recipe = dataclasses.replace(base, **{"seed": seed, "layout_seed": seed, "epochs": epochs[label],
                                                   "eval_every": 10 ** 9, **fields})
-            recipe = dataclasses.replace(recipe, name=f"{label}, seed {seed}", noise_epochs=0.3 * recipe.epochs,
+            recipe = dataclasses.replace(recipe, name=f"{label}, seed {seed}",
+                                         noise_epochs=fields.get("noise_epochs", 0.0) * recipe.epochs,
                                          stage_one_epochs=0.75 * recipe.epochs if recipe.reconstruct else 0.0)
             runs[label, seed] = recipe, out / re.sub(r"[^\w.]+", "-", recipe.name)
     results, waiting = {}, dict(runs)
@@ -761,7 +774,7 @@ def main(argv=None):
     add_recipe_options(parser)
     args = parser.parse_args(argv)
     if args.list:
-        list_recipes(args.data)
+        list_recipes()
     elif args.recipe == "report":
         print(write_report(args.what or "results"))
     elif args.recipe == "ablate":

@@ -1,0 +1,3114 @@
+"""Every test: each file held to something slower and plainer - loops over the equations, golden figures, closed forms.
+
+    pytest                  # all but the long forms, some minutes on two cores
+    pytest -m slow          # the long forms
+"""
+
+import copy
+import csv
+import dataclasses
+import functools
+import io
+import json
+import math
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import types
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+import data
+import eval as evaluation
+import glagcn
+import gridconv
+import train
+from data import SKELETONS, FrameStore, InputError, Sequence
+
+HERE = Path(__file__).parent
+settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=40, database=None)
+settings.load_profile("fixed")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gridconv.py
+
+
+def random_network(seed=0, **options):
+    """A small network with every parameter and running statistic random, in float64, for evaluation."""
+    torch.manual_seed(seed)
+    net = gridconv.GridLiftingNetwork(**{"hidden": 6, "blocks": 1, **options}).double()
+    for tensor in net.state_dict().values():
+        if tensor.is_floating_point() and tensor.dim() == 1:
+            tensor.uniform_(0.5, 1.5)
+    return net.eval()
+
+
+MODES = ("circular", "replicate", "zeros")
+paddings = st.lists(st.one_of(st.sampled_from(MODES), st.tuples(st.sampled_from(MODES), st.sampled_from(MODES))),
+                    min_size=1, max_size=4).map(tuple)
+grids = st.tuples(st.integers(1, 6), st.integers(1, 6))
+
+
+@st.composite
+def layouts(draw):
+    """(layout, joints): any grid in which every joint has a cell."""
+    H, P = draw(grids)
+    joints = draw(st.integers(1, H * P))
+    return gridconv.random_layout(joints, (H, P), draw(st.integers(0, 10 ** 6))), joints
+
+
+def source_cell(i, j, grid, mode):
+    """The cell that padding puts at (i, j) of an unbounded grid, or None for a zero: index arithmetic, case by case."""
+    place = []
+    for index, size, how in ((i, grid[0], mode[0]), (j, grid[1], mode[1])):
+        if how == "circular":
+            while index < 0:
+                index += size
+            while index >= size:
+                index -= size
+        elif how == "replicate":
+            index = 0 if index < 0 else size - 1 if index >= size else index
+        elif not 0 <= index < size:
+            return None
+        place.append(index)
+    return tuple(place)
+
+
+def plain_dgridconv(x, weight, bias, padding, alpha):
+    """Eq. 8 by loops over branches, cells and taps."""
+    B, _, H, P = x.shape
+    K = weight.shape[-1]
+    out = torch.zeros(B, weight.shape[1], H, P, dtype=x.dtype)
+    for branch, mode in enumerate(padding):
+        mode = (mode, mode) if isinstance(mode, str) else mode
+        for i in range(H):
+            for j in range(P):
+                for a in range(K):
+                    for b in range(K):
+                        cell = source_cell(i + a - K // 2, j + b - K // 2, (H, P), mode)
+                        if cell is not None:
+                            value = torch.einsum("oc,bc->bo", weight[branch, :, :, a, b], x[:, :, cell[0], cell[1]])
+                            out[:, :, i, j] += alpha[:, i, j, a, b, None] * value
+        if bias is not None:
+            out += bias[branch][:, None, None]
+    return out
+
+
+@given(layouts(), st.sampled_from([torch.float32, torch.float64]), st.integers(1, 4))
+def test_sgt_then_inverse_is_identity(case, dtype, channels):
+    layout, joints = case
+    S = gridconv.assignment_matrix(layout, joints)
+    pose = torch.randn(3, joints, channels, dtype=dtype)
+    grid = gridconv.sgt(pose, S, (len(layout), len(layout[0])))
+    assert grid.shape == (3, channels, len(layout), len(layout[0])) and grid.dtype == dtype
+    for i, row in enumerate(layout):
+        for j, joint in enumerate(row):
+            assert torch.equal(grid[:, :, i, j], pose[:, joint])
+    torch.testing.assert_close(gridconv.inverse_sgt(grid, S), pose, rtol=1e-6, atol=1e-6)
+
+
+@given(layouts())
+def test_inverse_sgt_averages_replicas(case):
+    layout, joints = case
+    S = gridconv.assignment_matrix(layout, joints)
+    grid = torch.randn(2, 3, len(layout), len(layout[0]), dtype=torch.float64)
+    for joint in range(joints):
+        cells = [grid[:, :, i, j] for i, row in enumerate(layout) for j, cell in enumerate(row) if cell == joint]
+        torch.testing.assert_close(gridconv.inverse_sgt(grid, S)[:, joint], torch.stack(cells).mean(0))
+
+
+def test_averaged_cell_goes_in_as_mean_and_out_not_at_all():
+    S = gridconv.assignment_matrix(gridconv.RELEASED_5X5, 17)
+    pose = torch.randn(2, 17, 3)
+    grid = gridconv.sgt(pose, S, (5, 5))
+    torch.testing.assert_close(grid[:, :, 2, 2], (pose[:, 8] + pose[:, 9]) / 2)
+    grid[:, :, 2, 2] = 1e6
+    torch.testing.assert_close(gridconv.inverse_sgt(grid, S), pose)
+    S = torch.eye(4)[:, [0, 1, 2]]  # a joint that no cell holds comes out 0, and nothing is divided by 0
+    S = torch.cat([S, torch.zeros(4, 1)], 1).requires_grad_()
+    out = gridconv.inverse_sgt(torch.ones(1, 2, 2, 2), S)
+    assert torch.equal(out[0, 3], torch.zeros(2)) and torch.equal(out[0, 0], torch.ones(2))
+    out.sum().backward()
+    assert S.grad.isfinite().all() and S.grad[:, 3].abs().sum() > 0  # the loss can ask for the joint back
+
+
+def plain_topology(S, grid, edges):
+    """Eq. 2 and 3, term by term."""
+    H, P = grid
+    if any(sorted(row) != [0] * (len(row) - 1) + [1] for row in S.tolist()):
+        return False
+    def neighbours(p):
+        return [(p // P + a) * P + p % P + b for a, b in ((0, 1), (1, 0), (0, -1), (-1, 0))
+                if 0 <= p // P + a < H and 0 <= p % P + b < P]
+    return all(any(S[p, i] * sum(S[q, j] for q in neighbours(p)) >= 1 for p in range(H * P)) for i, j in edges)
+
+
+H36M32_PARENTS = (-1, 0, 1, 2, 3, 4, 0, 6, 7, 8, 9, 0, 11, 12, 13, 14, 12, 16, 17, 18, 19, 20, 19, 22, 12, 24, 25, 26, 27,
+                  28, 27, 30)
+
+
+def test_handcrafted_layouts_keep_the_skeleton():
+    for layout, joints, edges in ((gridconv.HANDCRAFTED_5X5, 17, gridconv.H36M_EDGES), (
+            gridconv.HANDCRAFTED_7X5, 32, [(p, c) for c, p in enumerate(H36M32_PARENTS) if p >= 0])):
+        S = gridconv.assignment_matrix(layout, joints)
+        grid = len(layout), len(layout[0])
+        assert gridconv.satisfies_topology(S, grid, edges) and plain_topology(S, grid, edges)
+    assert not gridconv.satisfies_topology(gridconv.assignment_matrix(gridconv.RELEASED_5X5, 17), (5, 5))
+
+
+@given(layouts(), st.data())
+def test_satisfies_topology_is_equations_2_and_3(case, pick):
+    layout, joints = case
+    edges = pick.draw(st.lists(st.tuples(st.integers(0, joints - 1), st.integers(0, joints - 1)), max_size=4))
+    S, grid = gridconv.assignment_matrix(layout, joints), (len(layout), len(layout[0]))
+    assert gridconv.satisfies_topology(S, grid, edges) == plain_topology(S, grid, edges)
+
+
+@given(layouts(), st.sampled_from(["row", "column", "global"]), st.integers(0, 99))
+def test_shuffles_permute_rows_columns_or_cells(case, how, seed):
+    layout, _ = case
+    shuffled = gridconv.shuffle_layout(layout, how, seed)
+    if how == "row":
+        assert sorted(shuffled) == sorted(layout)
+    elif how == "column":
+        assert sorted(zip(*shuffled)) == sorted(zip(*layout))
+    else:
+        assert sorted(sum(shuffled, ())) == sorted(sum(layout, ()))
+    assert shuffled == gridconv.shuffle_layout(layout, how, seed)
+
+
+def test_shuffles_and_random_layouts_vary_with_the_seed():
+    for how in ("row", "column", "global"):
+        assert len({gridconv.shuffle_layout(gridconv.HANDCRAFTED_5X5, how, seed) for seed in range(20)}) > 10
+    assert len({gridconv.random_layout(17, (5, 5), seed) for seed in range(20)}) == 20
+
+
+@pytest.mark.parametrize("layout, joints, says", [
+    (((0, 1), (2, 17)), 4, "17"), (((0, 1), (2, -1)), 4, "-1"), (((0, 1), (2, 2)), 4, "joint 3"), (((0, 1),), 3, "3 joints"),
+    (((0, 1), (2,)), 3, "row"), (((0, 1), ((0, 2), 1)), 3, "joint 2"), (((0, 1), (2, "a")), 3, "a"), (((0, 1), (2, ())), 3, "empty")])
+def test_bad_layouts_are_refused(layout, joints, says):
+    with pytest.raises(ValueError, match=says):
+        gridconv.assignment_matrix(layout, joints)
+    with pytest.raises(ValueError, match=says):
+        gridconv.GridLiftingNetwork(num_joints=joints, layout=layout, hidden=4)
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="mirror"):
+        gridconv.GridConv(2, 3, padding=("mirror",))
+    with pytest.raises(ValueError, match="4"):
+        gridconv.GridConv(2, 3, kernel_size=4)
+    with pytest.raises(ValueError, match="16 cells cannot hold 17"):
+        gridconv.AutoGrids(17, (4, 4), "random")
+    with pytest.raises(ValueError, match="random"):
+        gridconv.AutoGrids(17, (6, 4))
+    with pytest.raises(ValueError, match="diagonal"):
+        gridconv.shuffle_layout(gridconv.HANDCRAFTED_5X5, "diagonal")
+    with pytest.raises(ValueError, match="channels"):
+        gridconv.GridConv(2, 3)(torch.zeros(1, 3, 5, 5))
+    with pytest.raises(ValueError, match="expected"):
+        gridconv.GridLiftingNetwork(hidden=4)(torch.zeros(1, 16, 2))
+    with pytest.raises(ValueError, match="unknown"):
+        gridconv.GridLiftingNetwork(hidden=4, attention="gird")
+    with pytest.raises(ValueError, match="forward_grid"):
+        gridconv.GridLiftingNetwork(hidden=4, layout=None, grid_shape=(5, 5))(torch.zeros(2, 17, 2))
+
+
+# AutoGrids
+
+
+def test_autogrids_rows_are_exactly_one_hot_and_nothing_is_random_in_evaluation():
+    torch.manual_seed(0)
+    grid = gridconv.AutoGrids(17, (5, 5))
+    for _ in range(50):
+        S = grid()
+        assert ((S == 0) | (S == 1)).all() and torch.equal(S.sum(1), torch.ones(25))
+    grid.eval()
+    before = torch.get_rng_state()
+    assert torch.equal(grid(), grid.assignment()) and torch.equal(before, torch.get_rng_state())
+    assert torch.equal(grid.assignment(), gridconv.assignment_matrix(gridconv.HANDCRAFTED_5X5, 17)) and grid.dropped() == []
+    grid.train()
+    grid.noise = False
+    assert torch.equal(grid(), grid.assignment())
+    assert sum(p.numel() for p in grid.parameters()) == 425
+    with torch.no_grad():
+        grid.s_prob[10] = torch.eye(17)[0]  # joint 1's only cell
+    assert grid.dropped() == [1]
+
+
+@given(st.integers(2, 6), st.integers(1, 4), st.booleans(), st.integers(0, 10 ** 6))
+def test_straight_through_gradient_is_the_softmax_relaxations(joints, rows, noise, seed):
+    torch.manual_seed(seed)
+    grid = gridconv.AutoGrids(joints, (rows, joints), "random").double()
+    grid.noise = noise
+    weight = torch.randn(rows * joints, joints, dtype=torch.float64)
+    torch.manual_seed(seed + 1)
+    (grid() * weight).sum().backward()
+    torch.manual_seed(seed + 1)
+    logits = grid.s_prob.detach().clone().requires_grad_()
+    gumbel = -torch.empty_like(logits).exponential_().log() if noise else 0.0
+    exponentials = (logits + gumbel).exp()
+    (exponentials / exponentials.sum(1, keepdim=True) * weight).sum().backward()
+    torch.testing.assert_close(grid.s_prob.grad, logits.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_noise_frequencies_follow_the_softmax():
+    torch.manual_seed(1)
+    grid = gridconv.AutoGrids(4, (1, 4), "random")
+    with torch.no_grad():
+        grid.s_prob.copy_(torch.tensor([[2.0, 0.0, -1.0, 1.0]] * 4))
+        counts = sum(grid() for _ in range(3000)).mean(0) / 3000  # 12,000 draws of one distribution (Gumbel-max)
+    torch.testing.assert_close(counts, grid.s_prob[0].softmax(0).detach(), atol=0.02, rtol=0)
+
+
+def test_autogrids_learns_to_bring_a_dropped_joint_back():
+    torch.manual_seed(2)
+    grid = gridconv.AutoGrids(3, (2, 2), ((0, 1), (2, 2)))
+    with torch.no_grad():
+        grid.s_prob[2:] = torch.tensor([[0.9, 0.0, 0.8], [0.0, 0.9, 0.8]])  # joint 2 is dropped
+    grid.noise = False
+    optimizer = torch.optim.SGD(grid.parameters(), 1.0)
+    assert grid.dropped() == [2]
+    for _ in range(100):
+        pose = torch.randn(64, 3, 2)
+        S = grid()
+        loss = (gridconv.inverse_sgt(gridconv.sgt(pose, S, (2, 2)), S) - pose).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert grid.dropped() == [] and loss < 1e-10
+
+
+# GridConv and D-GridConv
+
+
+@given(grids, paddings, st.sampled_from([1, 3, 5]), st.sampled_from([1, 2, 5]), st.integers(1, 3), st.booleans(),
+       st.integers(0, 999))
+def test_dgridconv_is_equation_8(grid, padding, K, c_in, c_out, bias, seed):
+    torch.manual_seed(seed)
+    layer = gridconv.DynamicGridConv(c_in, c_out, K, padding, grid, bias).double()
+    x = torch.randn(2, c_in, *grid, dtype=torch.float64, requires_grad=True)
+    alpha = torch.rand(2, *grid, K, K, dtype=torch.float64, requires_grad=True)
+    want = plain_dgridconv(x, layer.weight, layer.bias, padding, alpha)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        got = layer(x.contiguous(memory_format=memory_format), alpha)
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    inputs = [x, alpha, layer.weight] + ([layer.bias] if bias else [])
+    push = torch.randn_like(want)
+    for mine, plain in zip(torch.autograd.grad((got * push).sum(), inputs), torch.autograd.grad((want * push).sum(), inputs)):
+        torch.testing.assert_close(mine, plain, rtol=1e-10, atol=1e-10)
+    single = copy.deepcopy(layer).float()(x.float(), alpha.float())
+    assert (single - want.float()).norm() <= 1e-5 * want.norm() + 1e-7
+
+
+@given(grids, paddings, st.sampled_from([1, 3, 5]), st.integers(0, 999))
+def test_constant_attention_is_vanilla_and_vanilla_is_conv2d_over_the_padded_grid(grid, padding, K, seed):
+    torch.manual_seed(seed)
+    dynamic = gridconv.DynamicGridConv(2, 3, K, padding, grid).double()
+    vanilla = gridconv.GridConv(2, 3, K, padding, grid).double()
+    vanilla.load_state_dict({k: v for k, v in dynamic.state_dict().items() if "attention" not in k})
+    x, pad = torch.randn(2, 2, *grid, dtype=torch.float64), K // 2
+    got = vanilla(x)
+    torch.testing.assert_close(dynamic(x, torch.ones(2, *grid, K, K, dtype=torch.float64)), got, rtol=1e-10, atol=1e-10)
+    want = 0
+    for branch, mode in enumerate(padding):
+        mode = (mode, mode) if isinstance(mode, str) else mode
+        padded = torch.zeros(2, 2, grid[0] + 2 * pad, grid[1] + 2 * pad, dtype=torch.float64)
+        for i in range(padded.shape[2]):
+            for j in range(padded.shape[3]):
+                cell = source_cell(i - pad, j - pad, grid, mode)
+                if cell is not None:
+                    padded[:, :, i, j] = x[:, :, cell[0], cell[1]]
+        want = want + torch.conv2d(padded, vanilla.weight[branch], vanilla.bias[branch])
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_padding_modes_agree_with_torchs_own():
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    for mode, name in (("circular", "circular"), ("replicate", "replicate"), ("zeros", "constant")):
+        layer = gridconv.GridConv(3, 4, 3, (mode,)).double()
+        want = torch.conv2d(torch.nn.functional.pad(x, (1, 1, 1, 1), mode=name), layer.weight[0], layer.bias[0])
+        torch.testing.assert_close(layer(x), want, rtol=1e-10, atol=1e-10)
+    # a pair is (vertical, horizontal): replicate the rows, wrap the columns around
+    layer = gridconv.GridConv(3, 4, 3, (("replicate", "circular"),)).double()
+    padded = torch.nn.functional.pad(torch.nn.functional.pad(x, (1, 1, 0, 0), mode="circular"), (0, 0, 1, 1), mode="replicate")
+    torch.testing.assert_close(layer(x), torch.conv2d(padded, layer.weight[0], layer.bias[0]), rtol=1e-10, atol=1e-10)
+
+
+def test_281_products_are_left_of_450():
+    layer = gridconv.GridConv(1, 1)
+    assert sum(cells * taps for cells, taps in layer.classes) == len(layer.source) == 169 + 2 * 56
+    assert len(gridconv.GridConv(1, 1, padding=("circular", "zeros")).source) == 169 + 56
+
+
+def test_attention_is_the_releases():
+    torch.manual_seed(0)
+    attention = gridconv.GridAttention(40, 3, (5, 4)).double().eval()
+    attention.norm.running_mean.uniform_(-1, 1)
+    attention.norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(3, 40, 5, 4, dtype=torch.float64)
+    alpha = attention(x)
+    assert alpha.shape == (3, 5, 4, 3, 3) and attention.squeeze.weight.shape == (16, 40)
+    for b in range(3):
+        mean = torch.stack([x[b, c].sum() / 20 for c in range(40)])
+        z = attention.squeeze.weight @ mean
+        z = (z - attention.norm.running_mean) / (attention.norm.running_var + 1e-5).sqrt()
+        z = attention.position.weight @ z.clamp(min=0) + attention.position.bias
+        for i, j, a, c in ((0, 0, 0, 0), (4, 3, 2, 2), (1, 2, 2, 0), (3, 1, 0, 1)):
+            want = 1 / (1 + torch.exp(-z[(a * 3 + c) * 20 + i * 4 + j] / 30))
+            torch.testing.assert_close(alpha[b, i, j, a, c], want)
+
+
+# The network
+
+
+def test_network_sizes_of_the_paper():
+    def size(**options):
+        return sum(p.numel() for p in gridconv.GridLiftingNetwork(**options).parameters())
+    assert size() == 4790406
+    assert size(layout=gridconv.AutoGrids()) == 4790831
+    assert size() - size(attention=None) == 43654
+    for sizes, millions in (((3, (3, 1), 3), 2.69), ((3, (5, 3), 3), 9.00), ((3, (3, 3), 1), 4.77)):  # Table E
+        assert round(size(kernel_sizes=sizes) / 1e6, 2) == millions
+    assert round(size(attention=None, hidden=512) / 1e6, 2) == 18.93  # Figure B
+
+
+@pytest.mark.parametrize("attention", ["grid", None, "channel", "spatial", "spatial+channel"])
+def test_every_network_trains_and_its_state_goes_out_and_back(attention):
+    torch.manual_seed(0)
+    options = dict(hidden=8, blocks=1, attention=attention, dropout=0.0)
+    net = gridconv.GridLiftingNetwork(**options)
+    pose, target = torch.randn(8, 17, 2), torch.randn(8, 17, 3)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    losses = []
+    for _ in range(20):
+        loss = (net(pose) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in net.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    other = gridconv.GridLiftingNetwork(**options)
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other.eval()(pose), net.eval()(pose))
+
+
+def test_figure_8_attentions_by_loops():
+    torch.manual_seed(3)
+    layer = gridconv.AttentiveGridConv("spatial+channel", 3, 20).double()
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    y = gridconv.GridConv.forward(layer, x)
+    got = layer(x)
+    first, _, second = layer.channel
+    for b in range(2):
+        squeezed = torch.stack([y[b, c].mean() for c in range(20)])
+        factor = 1 / (1 + torch.exp(-(second.weight @ (first.weight @ squeezed + first.bias).clamp(min=0) + second.bias)))
+        z = y[b] * factor[:, None, None]
+        maps = torch.stack([z.mean(0), z.max(0).values])[None]
+        place = plain_dgridconv(maps, layer.spatial.weight, layer.spatial.bias, ("circular", "replicate"),
+                                torch.ones(1, 5, 5, 3, 3, dtype=torch.float64))
+        torch.testing.assert_close(got[b], z / (1 + torch.exp(-place[0, 0])))
+
+
+def test_temperature_is_settable_and_30_unless_set():
+    net = random_network()
+    x = torch.randn(2, 17, 2, dtype=torch.float64)
+    assert net.temperature == 30 and "temperature" not in "".join(net.state_dict())
+    cold = net(x)
+    net.temperature = 1
+    assert net.temperature == 1 and not torch.allclose(net(x), cold)
+
+
+def test_dropout_takes_whole_channels_and_the_last_layer_has_none():
+    torch.manual_seed(0)
+    net = gridconv.GridLiftingNetwork(hidden=32, blocks=1, dropout=0.5)
+    out = net.expand(torch.randn(4, 2, 5, 5) + 3)
+    dead = (out == 0).flatten(2).all(2).float().mean()
+    assert 0.3 < dead < 0.75
+    assert isinstance(net.shrink, gridconv.DynamicGridConv) and net.shrink.bias is None
+
+
+def test_network_is_equation_9():
+    net = random_network(layout=gridconv.RELEASED_5X5)
+    pose = torch.randn(2, 17, 2, dtype=torch.float64)
+    S = gridconv.assignment_matrix(gridconv.RELEASED_5X5, 17).double()
+    grid = gridconv.sgt(pose, S, (5, 5))
+    x = net.expand(grid)
+    x = x + net.blocks[0][1](net.blocks[0][0](x))
+    torch.testing.assert_close(net(pose), gridconv.inverse_sgt(net.shrink(x), S))
+    for layer in (net.expand, *net.blocks[0]):
+        h = torch.randn(2, layer.conv.weight.shape[2], 5, 5, dtype=torch.float64)
+        y = layer.conv(h)
+        n = layer.norm
+        want = (y - n.running_mean[:, None, None]) / (n.running_var[:, None, None] + n.eps).sqrt()
+        want = (want * n.weight[:, None, None] + n.bias[:, None, None]).clamp(min=0)
+        torch.testing.assert_close(layer(h), want)
+
+
+# Figures that the authors' code gave on weights made by formula: sin(0.7 i + 1.3 n), see golden_weights.
+
+
+def golden_weights(shapes, prior=None):
+    """Weights by formula: entry n in sorted order is sin(0.7 i + 1.3 n), scaled by its kind."""
+    state = {}
+    for n, (key, shape) in enumerate(sorted(shapes.items())):
+        value = torch.sin(0.7 * torch.arange(math.prod(shape), dtype=torch.float64) + 1.3 * n).reshape(shape)
+        if key.endswith("sgt_trans_mat"):
+            value = prior + 0.01 * value
+        elif len(shape) >= 2:
+            value = value / math.sqrt(math.prod(shape) / shape[0])
+        else:
+            value = 1 + 0.1 * value if key.endswith(("running_var", "weight")) else 0.1 * value
+        state[key] = value
+        if key.endswith("running_var"):
+            state[key.removesuffix("running_var") + "num_batches_tracked"] = torch.tensor(0)
+    return state
+
+
+def golden_input(*shape):
+    return torch.sin(0.37 * torch.arange(math.prod(shape), dtype=torch.float64)).reshape(shape)
+
+
+def released_gridconv_shapes(hidden, blocks, cells, attention=True, learnt=False, names=("branch1_", "branch2_")):
+    """The entries of a released GridConv checkpoint."""
+    shapes = {}
+
+    def layer(prefix, which, c_in, c_out, last=False):
+        for name in names:
+            shapes[f"{prefix}w{which}.{name}weight"] = (c_out, c_in, 3, 3)
+            if not last:
+                shapes[f"{prefix}w{which}.{name}bias"] = (c_out,)
+        for entry in () if last else ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{prefix}batch_norm{which}.{entry}"] = (c_out,)
+        if attention:
+            width, unit = max(c_in // 16, 16), f"{prefix}atten_conv{which}."
+            shapes[unit + "fc.weight"] = (width, c_in, 1, 1)
+            shapes.update({f"{unit}bn.{entry}": (width,) for entry in ("weight", "bias", "running_mean", "running_var")})
+            shapes.update({unit + "position_fc.weight": (9 * cells, width, 1, 1), unit + "position_fc.bias": (9 * cells,)})
+
+    layer("", 1, 2, hidden)
+    for block in range(blocks):
+        layer(f"linear_stages.{block}.", 1, hidden, hidden)
+        layer(f"linear_stages.{block}.", 2, hidden, hidden)
+    layer("", 2, hidden, 3, last=True)
+    if learnt:
+        shapes["sgt_layer.sgt_trans_mat"] = (1, cells, 17)
+    return shapes
+
+RELEASED_GRIDCONV = {  # case: (hidden, blocks, grid, padding, temperature, names, learnt), what came out: index -> value
+    'dgrid_cr': ((16, 2, (5, 5), ('circular', 'replicate'), 30),
+        {0: -0.017422179, 1: -0.130722977, 2: -0.234618993, 5: 0.619066598, 34: 0.598753741,
+         51: -0.008497242, 68: 0.330846211, 99: -0.10372303, 100: -0.074308632, 101: -0.039548147}),
+    'dgrid_cz_t1': ((16, 1, (5, 5), ('circular', 'zeros'), 1),
+        {0: -0.016262982, 1: 0.055527581, 2: 0.123323248, 5: -0.314853298, 34: 0.123251218,
+         51: -0.021022771, 68: -0.352718726, 99: -0.081920941, 100: -0.110777612, 101: -0.131664458}),
+    'dgrid_7x3': ((8, 1, (7, 3), ('circular', 'replicate'), 1),
+        {0: 0.214419325, 1: 0.099375023, 2: 0.108775761, 5: -0.021264974, 42: 0.23843736,
+         63: -0.229788185, 84: -0.243826748, 123: 0.032840324, 124: -0.017526126, 125: -0.030807091}),
+    'autogrids': ((16, 1, (5, 5), ('circular', 'zeros'), 1),
+        {0: 0.211980724, 1: 0.144570811, 2: 0.066759844, 5: 0.412005803, 34: 0.627120066,
+         51: 0.219488086, 68: 0.05244515, 99: 0.046968953, 100: 0.051463964, 101: 0.052256433}),
+    'vanilla_cz': ((16, 1, (5, 5), ('circular', 'zeros'), 1),
+        {0: -0.125462892, 1: -0.221975054, 2: -0.189315318, 5: -0.063743752, 50: -0.009635822,
+         75: -0.112197807, 100: -0.040193677, 147: 0.187813954, 148: 0.164222917, 149: 0.154378061}),
+}
+RELEASED_GRIDCONV_TRAINING = 1.861667615922, {
+    'w1.branch1_weight': 12.333934722631,
+    'w1.branch2_weight': 12.342253869564,
+    'batch_norm1.weight': 1.199042174478,
+    'atten_conv1.fc.weight': 0.008796087202,
+    'atten_conv1.position_fc.bias': 0.15891604805,
+    'linear_stages.0.w2.branch2_weight': 9.408043525022,
+    'linear_stages.1.atten_conv2.bn.bias': 0.001208389434,
+    'linear_stages.1.batch_norm2.bias': 0.162343087773,
+    'w2.branch1_weight': 3.840477126495,
+    'atten_conv2.position_fc.weight': 0.029468442562,
+}
+
+
+def released_gridconv(case):
+    (hidden, blocks, grid, padding, temperature), want = RELEASED_GRIDCONV[case]
+    prior = None
+    if case == "autogrids":  # the release's prior: the handcrafted layout one-hot and left-right mirrored
+        prior = [7] * 5 + [0, 8, 8, 8, 0] + [4, 11, 9, 14, 1] + [5, 12, 9, 15, 2] + [6, 13, 10, 16, 3]
+        prior = torch.nn.functional.one_hot(torch.tensor(prior), 17).double()[None]
+    shapes = released_gridconv_shapes(hidden, blocks, math.prod(grid), "vanilla" not in case, case == "autogrids",
+                                      ("donut_conv.", "tablet_conv.") if "vanilla" in case else ("branch1_", "branch2_"))
+    state = golden_weights(shapes, prior)
+    net = gridconv.from_released(state, padding, grid)
+    assert net.temperature == 30 and net.shrink.weight.dtype == torch.float64
+    net.temperature = temperature
+    return net, want, state
+
+
+@pytest.mark.parametrize("case", RELEASED_GRIDCONV)
+def test_released_gridconv_weights_give_the_releases_output(case):
+    net, want, _ = released_gridconv(case)
+    with torch.no_grad():
+        if case in ("7x3", "vanilla_cz", "dgrid_7x3"):
+            out = net.eval().forward_grid(golden_input(2, 2, *net.grid_shape))
+        else:
+            out = net.eval()(golden_input(2, 17, 2))
+    got = torch.stack([out.flatten()[i] for i in want])
+    torch.testing.assert_close(got, torch.tensor(list(want.values()), dtype=torch.float64), rtol=0, atol=1e-7)
+
+
+def test_released_gridconv_weights_train_as_the_release_does():
+    """Training mode, dropout 0, mean square of the grid against zeros: the loss and ten gradients' norms."""
+    net, _, state = released_gridconv("dgrid_cr")
+    for module in net.modules():
+        if isinstance(module, torch.nn.Dropout2d):
+            module.p = 0.0
+    S = gridconv.assignment_matrix(gridconv.RELEASED_5X5, 17).double()
+    loss = net.train().forward_grid(gridconv.sgt(golden_input(2, 17, 2), S, (5, 5))).square().mean()
+    loss.backward()
+    want, norms = RELEASED_GRIDCONV_TRAINING
+    assert abs(loss.item() - want) < 1e-6
+    mine = {"w1": net.expand.conv, "w2": net.shrink, "atten_conv1": net.expand.conv.attention, "atten_conv2": net.shrink.attention,
+            "batch_norm1": net.expand.norm, "linear_stages.0.w2": net.blocks[0][1].conv,
+            "linear_stages.1.atten_conv2": net.blocks[1][1].conv.attention, "linear_stages.1.batch_norm2": net.blocks[1][1].norm}
+    rename = {"fc": "squeeze", "bn": "norm", "position_fc": "position"}
+    for key, norm in norms.items():
+        unit = max((u for u in mine if key.startswith(u + ".")), key=len)
+        *path, entry = key[len(unit) + 1:].split(".")
+        module = mine[unit]
+        for part in path:
+            module = getattr(module, rename[part])
+        grad = getattr(module, entry.split("_")[-1]).grad
+        grad = grad[int(entry[6]) - 1] if entry.startswith("branch") else grad
+        assert abs(grad.norm().item() - norm) < 1e-5 * max(1e-2, norm), key
+
+
+def test_weights_of_something_else_are_refused():
+    state = golden_weights(released_gridconv_shapes(8, 1, 25))
+    for broken, says in (({"a": torch.zeros(1)}, "'a'"), ({k: v for k, v in state.items() if "w2" not in k}, "fit|w2"), ({}, "w1")):
+        with pytest.raises(ValueError, match=says):
+            gridconv.from_released(broken, ("circular", "zeros"))
+    with pytest.raises(ValueError, match="fit"):
+        gridconv.from_released(state, ("circular",))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# glagcn.py
+
+
+# ---- glagcn: the plain form, in (B, C, T, J) layout, one convolution and one product for each subset
+
+
+class PlainGraphConv(nn.Module):
+    def __init__(self, c_in, c_out, A, dropout=0.0):
+        super().__init__()
+        self.A, self.embedding = A, c_out // 4 or 3
+        self.PA = nn.Parameter(torch.randn(A.shape) * 0.1)
+        convs = lambda n: nn.ModuleList(nn.Conv2d(c_in, n, 1) for _ in range(3))
+        self.conv_a, self.conv_b, self.conv_d = convs(self.embedding), convs(self.embedding), convs(c_out)
+        self.down = nn.Sequential(nn.Conv2d(c_in, c_out, 1), nn.BatchNorm2d(c_out)) if c_in != c_out else nn.Identity()
+        self.bn, self.dropout = nn.BatchNorm2d(c_out), dropout
+
+    def forward(self, x):
+        B, C, T, J = x.shape
+        y = 0
+        for k in range(3):
+            theta = self.conv_a[k](x).permute(0, 3, 1, 2).reshape(B, J, -1)
+            phi = self.conv_b[k](x).reshape(B, -1, J)
+            attention = torch.softmax(theta @ phi / (self.embedding * T), dim=-2)
+            graph = self.A[k].to(x) + self.PA[k] + attention
+            y = y + self.conv_d[k]((x.reshape(B, C * T, J) @ graph).reshape(B, C, T, J))
+        return torch.relu(F.dropout(self.bn(y), self.dropout, self.training) + self.down(x))
+
+
+class PlainTemporal(nn.Module):
+    def __init__(self, c_in, c_out, kernel=9, stride=1):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, (kernel, 1), stride=(stride, 1), padding=(kernel // 2, 0))
+        self.bn = nn.BatchNorm2d(c_out)
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, c_in, c_out, A, stride=1, residual=True, dropout=0.0):
+        super().__init__()
+        self.gcn1, self.tcn1 = PlainGraphConv(c_in, c_out, A, dropout), PlainTemporal(c_out, c_out, stride=stride)
+        self.residual = None if not residual else nn.Identity() if c_in == c_out else PlainTemporal(c_in, c_out, 1)
+
+    def forward(self, x):
+        y = self.tcn1(self.gcn1(x))
+        return torch.relu(y if self.residual is None else y + self.residual(x))
+
+
+class PlainGLAGCN(nn.Module):
+    """Its weights have the release's names, so that from_released reads them."""
+
+    def __init__(self, channels=8, widths=(3, 3), edges=glagcn.H36M_EDGES, joints=17, dropout=0.0):
+        super().__init__()
+        A = glagcn.spatial_partition(edges, joints).to(torch.get_default_dtype())
+        self.widths, self.dropout = widths, dropout
+        self.data_bn, self.expand_gcn = nn.BatchNorm1d(joints * 2), PlainBlock(2, channels, A, dropout=dropout)
+        self.layers_tcngcn = nn.ModuleList()
+        for w in widths:
+            self.layers_tcngcn += [PlainBlock(channels, channels, A, dropout=dropout),
+                                   PlainBlock(channels, channels, A, w, residual=False, dropout=dropout)]
+        self.fc = nn.Conv1d(channels, 3, 1)
+
+    def forward(self, x):
+        B, T, J, _ = x.shape
+        x = self.data_bn(x.permute(0, 2, 3, 1).reshape(B, J * 2, T)).view(B, J, 2, T).permute(0, 2, 3, 1)
+        x = self.expand_gcn(x)
+        drop = lambda y: F.dropout(y, self.dropout, self.training)
+        for i, w in enumerate(self.widths):
+            y = drop(self.layers_tcngcn[2 * i + 1](drop(self.layers_tcngcn[2 * i](x))))
+            x = x[:, :, w // 2::w] + y
+        return self.fc(x.mean(2)).permute(0, 2, 1)
+
+
+def _gla_shake(model, seed=0):
+    """Every weight and statistic moved away from its initial value, batch-norm scales to about 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in list(model.named_parameters()) + list(model.named_buffers()):
+        if not value.is_floating_point() or name.endswith(".A"):
+            continue
+        noise = torch.rand(value.shape, generator=generator).to(value) * 2 - 1
+        if "running_var" in name or (value.dim() == 1 and name.endswith("weight")):
+            value.data = 1 + 0.2 * noise
+        elif value.dim() > 2:
+            value.data = noise / math.sqrt(value[0].numel())
+        else:
+            value.data = value.data + 0.2 * noise
+    return model
+
+
+def _gla_pair(dtype, **options):
+    torch.manual_seed(0)
+    plain = _gla_shake(PlainGLAGCN(**options).to(dtype))
+    edges = options.get("edges", glagcn.H36M_EDGES)
+    return plain, glagcn.from_released(plain.state_dict(), options.get("widths", (3, 3)), edges)
+
+
+def _gla_no_dropout(model):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("widths, channels", [((3, 3), 8), ((5,), 12), ((1, 3), 3)])
+def test_gla_equals_the_plain_form(dtype, tolerance, widths, channels):
+    plain, fast = _gla_pair(dtype, widths=widths, channels=channels)
+    x = torch.rand(3, math.prod(widths), 17, 2, dtype=dtype) * 2 - 1
+    near = lambda a, b, scale=1.0: (a - b).abs().max() <= tolerance * max(scale, b.abs().max())
+    assert near(fast.eval()(x), plain.eval()(x))
+    plain.train(), _gla_no_dropout(fast.train())
+    weights = torch.randn(3, 17, 3, dtype=dtype)
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    outputs = [plain(inputs[0]), fast(inputs[1])]
+    assert near(outputs[1], outputs[0])
+    for out in outputs:
+        (out * weights).sum().backward()
+    assert near(inputs[1].grad, inputs[0].grad)
+    gradients = {name: value.grad for name, value in plain.named_parameters()}
+    want = glagcn.from_released({**plain.state_dict(), **gradients}, widths)  # the gradients under our names
+    largest = max(value.grad.abs().max() for value in fast.parameters())
+    for (name, value), (_, other) in zip(fast.named_parameters(), want.named_parameters()):
+        assert near(value.grad, other, largest), name
+    want = glagcn.from_released(plain.state_dict(), widths)
+    for (name, value), (_, other) in zip(fast.named_buffers(), want.named_buffers()):  # running statistics
+        assert near(value, other), name
+
+
+# ---- glagcn: the release's golden figures
+
+
+def _gla_filled(joints, channels, modules):
+    """Weights in the release's names and shapes, filled with sines: no random numbers, so the figures below hold."""
+    edges = glagcn.H36M_EDGES if joints == 17 else glagcn.HUMANEVA15_EDGES
+    plain = PlainGLAGCN(channels, (3,) * modules, edges, joints)
+    state = {}
+    for n, key in enumerate(sorted(key for key in plain.state_dict() if "num_batches" not in key)):
+        shape = plain.state_dict()[key].shape
+        value = torch.sin(0.7 * torch.arange(shape.numel(), dtype=torch.float64) + 1.3 * n).view(shape)
+        if len(shape) > 1:
+            value = value / math.sqrt(shape.numel() / shape[0])
+        else:
+            value = 0.1 * value + key.endswith(("running_var", "weight"))
+        state["module." + key] = value
+        if key.endswith("running_var"):
+            state["module." + key[:-11] + "num_batches_tracked"] = torch.tensor(0)
+    return state
+
+
+def _gla_ramp(*shape):
+    return torch.sin(0.37 * torch.arange(math.prod(shape), dtype=torch.float64)).view(shape)
+
+
+GOLDEN_GLA = [
+    (17, 16, 3, 2,
+     {0: -10.806688, 1: -8.251007, 2: 7.509608, 34: -10.195767, 51: -10.78259, 52: -8.541629,
+      98: 3.843101, 99: -4.477578, 100: -3.713305, 101: 3.022849}),
+    (15, 12, 3, 2,
+     {0: -3.91758, 1: -3.143551, 2: 7.303329, 30: -6.235556, 45: -4.061009, 46: -2.991009,
+      86: 10.028183, 87: -4.527346, 88: -3.716108, 89: 8.507739}),
+    (17, 8, 5, 1,
+     {0: 4.085521, 1: -0.634698, 2: -5.071032, 17: -4.590827, 25: 0.183127, 26: -2.003775,
+      47: -3.090962, 48: 2.267489, 49: -1.114872, 50: -3.997812}),
+]
+
+
+@pytest.mark.parametrize("joints, channels, modules, batch, want", GOLDEN_GLA)
+def test_gla_released_weights_give_the_released_figures(joints, channels, modules, batch, want):
+    edges = glagcn.H36M_EDGES if joints == 17 else glagcn.HUMANEVA15_EDGES
+    model = glagcn.from_released(_gla_filled(joints, channels, modules), (3,) * modules, edges).eval()
+    out = model(_gla_ramp(batch, 3**modules, joints, 2)).flatten()
+    assert out.dtype == torch.float64
+    for i, value in want.items():
+        assert out[i].item() == pytest.approx(value, abs=2e-6), i
+
+
+def test_gla_released_training_gradients():
+    """Training mode, dropout 0, mean square against zeros: loss and gradient norms of the release."""
+    model = _gla_no_dropout(glagcn.from_released(_gla_filled(15, 12, 3), (3, 3, 3), glagcn.HUMANEVA15_EDGES).train())
+    loss = model(_gla_ramp(2, 27, 15, 2)).square().mean()
+    loss.backward()
+    assert loss.item() == pytest.approx(0.338103762, abs=1e-7)
+    spatial = model.expand.spatial
+    norms = {
+        "data_bn.weight": (model.data_norm.weight.grad, 0.214019425),
+        "expand_gcn.gcn1.PA": (spatial.B.grad, 0.85768449),
+        "expand_gcn.gcn1.conv_a.1.weight": (spatial.embed.weight.grad[3:6], 0.00671887333),
+        "expand_gcn.gcn1.conv_b.2.bias": (spatial.embed.bias.grad[15:], 0.0001411041),
+        "expand_gcn.gcn1.down.0.weight": (spatial.shortcut[0].weight.grad, 0.122013894),
+        "layers_tcngcn.0.gcn1.conv_d.1.weight": (model.strided[0].first.spatial.W.grad[:, :, 1], 0.793644016),
+        "layers_tcngcn.1.gcn1.PA": (model.strided[0].second.spatial.B.grad, 0.135098704),
+        "layers_tcngcn.3.tcn1.conv.weight": (model.strided[1].second.temporal.weight.grad, 0.77511895),
+        "layers_tcngcn.4.gcn1.bn.weight": (model.strided[2].first.spatial.norm.weight.grad, 0.0221015426),
+        "fc.weight": (model.head.W_shared.grad, 2.90175851),
+        "fc.bias": (model.head.b_shared.grad, 0.517466994),
+    }
+    for name, (gradient, want) in norms.items():
+        assert gradient.norm().item() == pytest.approx(want, abs=1e-6, rel=1e-5), name
+
+
+# ---- glagcn: the graph
+
+
+@given(st.integers(2, 9), st.data())
+@settings(max_examples=25, deadline=None)
+def test_gla_partition(joints, draw):
+    parents = [draw.draw(st.integers(0, joint - 1)) for joint in range(1, joints)]
+    edges = [(parent, joint + 1) for joint, parent in enumerate(parents)]
+    A = glagcn.spatial_partition(edges, joints)
+    assert torch.equal(A[0], torch.eye(joints, dtype=torch.float64))
+    for joint in range(joints):  # a child takes its parent's feature, a parent the mean of its children's
+        children = [c for p, c in edges if p == joint]
+        for other in range(joints):
+            assert A[1, other, joint] == (joint > 0 and other == parents[joint - 1])
+            assert A[2, other, joint] == ((1 / len(children)) if other in children else 0)
+    symmetric = glagcn.spatial_partition(edges, joints, "symmetric")
+    for k, plain in enumerate((A[0], (A[1] > 0).double(), (A[2] > 0).double())):
+        degree = [sum(plain[i].tolist()) + 0.001 for i in range(joints)]
+        for i in range(joints):
+            for j in range(joints):
+                assert symmetric[k, i, j].item() == pytest.approx(plain[i, j].item() / math.sqrt(degree[i] * degree[j]))
+
+
+@pytest.mark.parametrize("edges, joints", [
+    (glagcn.H36M_EDGES, 17), (glagcn.HUMANEVA15_EDGES, 15), (glagcn.MPI3DHP_EDGES, 17)])
+def test_gla_edges_connect_every_joint_once(edges, joints):
+    assert len(set(map(frozenset, edges))) == joints - 1
+    sums = glagcn.spatial_partition(edges, joints).sum(-2)
+    assert ((sums - 1).abs() < 1e-12).logical_or(sums == 0).all() and (sums[0] == 1).all()
+    if joints == 17:  # trees: every joint but the root has one parent
+        assert len({child for _, child in edges}) == 16
+    else:  # the released list: links up and links down, so joint 1 is a child three times
+        assert [child for _, child in edges].count(1) == 3
+    model = glagcn.GLAGCN(joints, edges, (3,), 4)
+    assert model(torch.randn(2, 3, joints, 2)).shape == (2, joints, 3)
+
+
+@pytest.mark.parametrize("edges, message", [
+    (((0, 1), (1, 3)), r"\(1, 3\).*0\.\.2"), (((0, 1), (-1, 2)), r"\(-1, 2\).*0\.\.2"), (((0, 1),), r"joints \[2\]"),
+    ((), r"joints \[1, 2\]")])
+def test_gla_bad_edges_are_named(edges, message):
+    with pytest.raises(ValueError, match=message):
+        glagcn.GLAGCN(3, edges, (3,), 4)
+
+
+def test_gla_cycles_are_fine_and_an_unknown_normalisation_is_not():
+    assert glagcn.spatial_partition(((0, 1), (1, 2), (2, 0)), 3).shape == (3, 3, 3)
+    with pytest.raises(ValueError, match="rows.*symmetric"):
+        glagcn.spatial_partition(((0, 1),), 2, "rows")
+
+
+# ---- glagcn: adaptive graph convolution
+
+
+def _gla_graph_conv(c_in, c_out, joints=4, **options):
+    torch.manual_seed(c_in * 10 + c_out)
+    A = glagcn.spatial_partition([(i, i + 1) for i in range(joints - 1)], joints)
+    return _gla_shake(glagcn.AdaptiveGraphConv(c_in, c_out, A, dropout=0.0, **options).double())
+
+
+def _gla_loops(conv, x):
+    """Eq. 2 and 3 in explicit loops over samples, subsets and joints; the sum before batch norm."""
+    B, C, J, T = x.shape
+    n, out = conv.embedding, torch.zeros(B, len(conv.W), J, T, dtype=x.dtype)
+    for b in range(B):
+        for k in range(3):
+            embedded = [[conv.embed.weight[part * 3 * n + k * n:part * 3 * n + (k + 1) * n, :, 0, 0] @ x[b, :, j]
+                         + conv.embed.bias[part * 3 * n + k * n:part * 3 * n + (k + 1) * n, None] for j in range(J)]
+                        for part in (0, 1)]                                     # theta, phi of each joint: (n, T)
+            for j in range(J):
+                scores = torch.stack([(embedded[0][i] * embedded[1][j]).sum() / (n * T) for i in range(J)])
+                attention = scores.exp() / scores.exp().sum()
+                mixed = sum((conv.A[k, i, j] + conv.B[k, i, j] + attention[i]) * x[b, :, i] for i in range(J))
+                out[b, :, j] += conv.W[:, :, k, 0] @ mixed + conv.bias[k][:, None]
+    return out
+
+
+@pytest.mark.parametrize("c_in, c_out", [(2, 8), (5, 5), (8, 3)])  # more channels, as many, fewer: both orders
+def test_gla_graph_convolution_against_loops(c_in, c_out):
+    conv, x = _gla_graph_conv(c_in, c_out).train(), torch.randn(2, c_in, 4, 3, dtype=torch.float64)
+    want = F.batch_norm(_gla_loops(conv, x), None, None, conv.norm.weight, conv.norm.bias, True)
+    want = F.relu(want + conv.shortcut(x))
+    assert (conv(x) - want).abs().max() < 1e-10
+    assert (conv(x.contiguous(memory_format=torch.channels_last)) - want).abs().max() < 1e-10
+
+
+def test_gla_st_gcn_is_the_fixed_graph_times_edge_importance():
+    conv, x = _gla_graph_conv(3, 3, adaptive=False), torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    assert conv.embed is None and torch.equal(conv.graph(x), conv.A * conv.B)
+    fresh = glagcn.AdaptiveGraphConv(3, 3, conv.A, adaptive=False)
+    assert torch.equal(fresh.graph(x), fresh.A)
+
+
+def test_gla_columns_of_C_sum_to_one():
+    conv, x = _gla_graph_conv(6, 8), torch.randn(3, 6, 4, 7, dtype=torch.float64)
+    C = conv.graph(x) - conv.A - conv.B
+    assert (C.sum(-2) - 1).abs().max() < 1e-12 and (C > 0).all() and (C.sum(-1) - 1).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("c_in, c_out", [(4, 4), (8, 4)])
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_gla_moving_B_moves_its_subset_alone(c_in, c_out, k):
+    conv, x = _gla_graph_conv(c_in, c_out).eval(), torch.randn(2, c_in, 4, 3, dtype=torch.float64)
+    seen = []
+    conv.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+    with torch.no_grad():
+        conv(x)
+        conv.B[k, 1, 2] += 0.5
+        conv(x)
+    change = torch.zeros_like(seen[0])
+    change[:, :, 2] = 0.5 * torch.einsum("oc,bct->bot", conv.W[:, :, k, 0], x[:, :, 1])
+    assert (seen[1] - seen[0] - change).abs().max() < 1e-12 and change.abs().max() > 0
+
+
+# ---- glagcn: strided modules and the network
+
+
+@given(st.integers(0, 7), st.integers(1, 4), st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_gla_strided_module_divides_the_frames(half, groups, causal):
+    width = 2 * half + 1
+    A = glagcn.spatial_partition([(0, 1)], 2)
+    module = glagcn.StridedAGCN(4, A, width, causal=causal).eval()
+    x = torch.randn(2, 4, 2, width * groups)
+    assert module(x).shape == (2, 4, 2, groups)
+    with torch.no_grad():  # the residual alone: the centre frame of each group, the last with causal
+        module.second.norm.weight.zero_(), module.second.norm.bias.zero_()
+        frame = width - 1 if causal else half
+        assert torch.equal(module(x), torch.stack([x[..., g * width + frame] for g in range(groups)], -1))
+    if width > 1:
+        with pytest.raises(ValueError, match=f"{width * groups + 1} frames.*{width}"):
+            module(torch.randn(2, 4, 2, width * groups + 1))
+
+
+@given(st.lists(st.sampled_from([1, 3, 5, 7]), min_size=1, max_size=3), st.booleans(),
+       st.sampled_from(["stride", "mean"]))
+@settings(max_examples=12, deadline=None)
+def test_gla_any_odd_widths_end_at_one_frame(widths, causal, temporal):
+    model = glagcn.GLAGCN(3, ((0, 1), (1, 2)), widths, 4, causal=causal, temporal=temporal).eval()
+    T, left = math.prod(widths), []
+    assert model.receptive_field == T
+    model.strided[-1].register_forward_hook(lambda module, inputs, output: left.append(output))
+    pose = model(torch.randn(2, T, 3, 2))
+    assert pose.shape == (2, 3, 3) and left[0].shape[-1] == (1 if temporal == "stride" else T)
+    assert torch.allclose(pose, model.head(sum(left[0].unbind(-1)).transpose(1, 2) / left[0].shape[-1]), atol=1e-5)
+    for wrong in (T + 1, 3 * T):
+        with pytest.raises(ValueError, match=rf"2, {wrong}, 3, 2\).*batch, {T}, 3, 2\)"):
+            model(torch.randn(2, wrong, 3, 2))
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 16, 2), (2, 9, 17, 3), (9, 17, 2), (2, 17, 9, 2)])
+def test_gla_wrong_shapes_name_both_sizes(shape):
+    with pytest.raises(ValueError) as error:
+        glagcn.GLAGCN(filter_widths=(3, 3), channels=4)(torch.zeros(shape))
+    assert str(tuple(shape)) in str(error.value) and "(batch, 9, 17, 2)" in str(error.value)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(filter_widths=(3, 2)), "width 2"), (dict(filter_widths=(0,)), "width 0"),
+    (dict(filter_widths=(-3,)), "width -3"), (dict(filter_widths=()), "filter_widths"),
+    (dict(unshared_weight=1.5), "1.5"), (dict(unshared_weight=-0.1), "-0.1"),
+    (dict(unshared_weight=float("nan")), "nan"), (dict(temporal="max"), "'max'.*stride.*mean"),
+    (dict(head="none"), "'none'.*individual.*full")])
+def test_gla_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        glagcn.GLAGCN(channels=4, **options)
+
+
+def _gla_count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_gla_parameter_counts():
+    """Table 5 of the paper and the release: 0.84, 1.10, 1.35, 1.88 and 48.64 M."""
+    for widths, want in (((3,) * 3, 844_076), ((3,) * 4, 1_096_466), ((3,) * 5, 1_348_856)):
+        assert _gla_count(glagcn.GLAGCN(filter_widths=widths, unshared_weight=0.0)) == want
+    with torch.device("meta"):  # no need to fill 48 million numbers
+        refinement = _gla_count(glagcn.Refinement(17))
+        assert refinement == 140_322
+        for channels, weight, want in ((96, 0.5, 1_876_886), (512, 0.5, 48_641_526),
+                                       (96, 1.0, 1_876_595), (512, 1.0, 48_639_987)):
+            model = glagcn.GLAGCN(channels=channels, reconstruct=True, unshared_weight=weight)
+            assert _gla_count(model) + refinement == want
+
+
+def test_gla_starts_as_released():
+    torch.manual_seed(0)
+    model = glagcn.GLAGCN(filter_widths=(3,), channels=96, unshared_weight=0.0)
+    conv, embed = model.strided[0].first.spatial, model.strided[0].first.spatial.embed
+    assert (conv.B == 1e-6).all() and (conv.norm.weight == 1e-6).all()
+    assert (conv.bias == 0).all() and (embed.bias == 0).all()
+    for weight, fan in ((conv.W, 96 * 96 * 3), (embed.weight, 24), (model.strided[0].first.temporal.weight, 96 * 9),
+                        (model.expand.shortcut[0].weight, 96), (model.head.W_shared, 3)):
+        assert weight.std().item() == pytest.approx(math.sqrt(2 / fan), rel=0.1)
+    assert conv.dropout.p == 0.1 and model.expand.norm.weight.eq(1).all()
+
+
+def test_gla_scheduled_norms_leave_the_changing_shortcuts_out():
+    model = glagcn.GLAGCN(filter_widths=(3,), channels=4)
+    every = [module for module in model.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    assert len(every) == 1 + 2 * 3 + 2
+    assert {*every} - {*model.scheduled_norms()} == {model.expand.shortcut[1], model.expand.spatial.shortcut[1]}
+
+
+# ---- glagcn: individually connected layers
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_gla_individual_layers(weight):
+    torch.manual_seed(1)
+    head = glagcn.IndividuallyConnected(5, 4, unshared_weight=weight).double()
+    v = torch.randn(2, 4, 5, dtype=torch.float64)
+    assert (head.W is None) == (weight == 0) and (head.W_shared is None) == (weight == 1)
+    for p in head.parameters():
+        p.data = torch.randn_like(p)
+    out = head(v.requires_grad_())
+    for b in range(2):
+        for i in range(4):
+            want = 0
+            if weight > 0:
+                want = want + weight * (v[b, i] @ head.W[i] + head.b[i])
+            if weight < 1:
+                want = want + (1 - weight) * (v[b, i] @ head.W_shared + head.b_shared)
+            assert (out[b, i] - want).abs().max() < 1e-12
+    gradient, = torch.autograd.grad(out[:, 2].sum(), v, retain_graph=True)  # it never sees another joint's features
+    assert (gradient[:, [0, 1, 3]] == 0).all() and (gradient[:, 2] != 0).all()
+    if weight == 1:
+        assert (torch.autograd.grad(out[:, 2].sum(), head.W)[0][[0, 1, 3]] == 0).all()
+    same = head(v[:, :1].expand(2, 4, 5))  # the same features in every joint
+    assert torch.equal(same[:, 0], same[:, 3]) == (weight == 0)
+
+
+def test_gla_full_head_mixes_joints():
+    model = glagcn.GLAGCN(filter_widths=(3,), channels=4, head="full")
+    assert _gla_count(model.head) == 17 * 4 * 17 * 3 + 17 * 3
+    v = torch.randn(1, 17, 4, requires_grad=True)
+    gradient, = torch.autograd.grad(model.head(v)[:, 2].sum(), v)
+    assert (gradient != 0).all()
+
+
+# ---- glagcn: reconstruction, two stages, causality
+
+
+def test_gla_reconstruction_and_stage_two():
+    torch.manual_seed(0)
+    model = glagcn.GLAGCN(filter_widths=(3, 3), channels=8, reconstruct=True)
+    x = torch.randn(4, 9, 17, 2)
+    pose, sequence = model(x, return_sequence=True)
+    assert pose.shape == (4, 17, 3) and sequence.shape == (4, 9, 17, 3) and len(model.reconstruction) == 3
+    for coordinate in sequence.unbind(-1):  # no ReLU after the last sum
+        assert coordinate.min() < -0.1 and coordinate.max() > 0.1
+    (glagcn.mean_distance(pose, torch.zeros(4, 17, 3)) + glagcn.mean_distance(sequence, torch.zeros(4, 9, 17, 3))
+     ).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert all(p.grad.abs().sum() > 0 for name, p in model.sequence_head.named_parameters() if "weight" in name)
+    model.zero_grad()
+    model.sequence_head.register_forward_hook(lambda *_: pytest.fail("the sequence is not needed here"))
+    glagcn.mean_distance(model(x), torch.zeros(4, 17, 3)).backward()  # stage two: the local loss alone
+    assert all(p.grad is None for p in model.sequence_head.parameters())
+    assert all(p.grad is not None for name, p in model.named_parameters() if not name.startswith("sequence_head."))
+
+
+def test_gla_sequence_is_aligned_with_its_frames():
+    """A frame of the sequence depends most on the same frame of the input."""
+    torch.manual_seed(0)
+    model = _gla_shake(glagcn.GLAGCN(3, ((0, 1), (1, 2)), (3, 7), 4, reconstruct=True, reconstruct_blocks=0)).eval()
+    x = torch.randn(1, 21, 3, 2, requires_grad=True)
+    sequence = model(x, return_sequence=True)[1]
+    reach = torch.autograd.grad(sequence[0, 5, 1].sum(), x)[0][0].abs().sum((1, 2))
+    assert reach.argmax() == 5
+
+
+@pytest.mark.parametrize("options", [dict(), dict(reconstruct=True, causal=True)])
+def test_gla_no_sequence_without_reconstruction_or_with_causal(options):
+    model = glagcn.GLAGCN(filter_widths=(3,), channels=4, **options)
+    with pytest.raises(ValueError, match="reconstruct=True and causal=False"):
+        model(torch.zeros(1, 3, 17, 2), return_sequence=True)
+
+
+def _gla_windows(video, T, causal):
+    """Edge-padded windows (N, T, J, 2) about, or with causal ending at, every frame of (N, J, 2)."""
+    frames = torch.arange(len(video))[:, None] + torch.arange(T) - (T - 1 if causal else T // 2)
+    return video[frames.clamp(0, len(video) - 1)]
+
+
+@pytest.mark.parametrize("temporal", ["stride", "mean"])
+def test_gla_causal_pose_never_depends_on_later_frames(temporal):
+    torch.manual_seed(0)
+    for causal in (True, False):
+        model = _gla_shake(glagcn.GLAGCN(3, ((0, 1), (1, 2)), (3, 3), 4, causal=causal, temporal=temporal)).eval()
+        video = torch.randn(20, 3, 2)
+        later = video.clone()
+        later[12:] += torch.randn(8, 3, 2)
+        before, after = (model(_gla_windows(v, 9, causal)) for v in (video, later))
+        changed = (before - after).abs().amax((1, 2)) > 0
+        assert changed[12:].all() and changed[:12].any() != causal
+    model = _gla_shake(glagcn.GLAGCN(3, ((0, 1), (1, 2)), (3, 3), 4, causal=True)).eval()
+    x = torch.randn(1, 9, 3, 2, requires_grad=True)  # the frame itself counts most
+    assert torch.autograd.grad(model(x).abs().sum(), x)[0].abs().sum((0, 2, 3)).argmax() == 8
+
+
+# ---- glagcn: saving, exporting, precision
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(reconstruct=True, head="full"), dict(adaptive=False, unshared_weight=1.0)])
+def test_gla_state_round_trip(options, tmp_path):
+    model = _gla_shake(glagcn.GLAGCN(filter_widths=(3,), channels=4, **options)).eval()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    other = glagcn.GLAGCN(filter_widths=(3,), channels=4, **options).eval()
+    x = torch.randn(2, 3, 17, 2)
+    assert not torch.equal(model(x), other(x))
+    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert torch.equal(model(x), other(x))
+
+
+def test_gla_from_released_refuses_what_does_not_fit():
+    state = PlainGLAGCN(8, (3, 3)).state_dict()
+    with pytest.raises(ValueError, match="3 of them.*2 strided"):
+        glagcn.from_released(state, (3, 3, 3))
+    with pytest.raises(ValueError, match="fc.weight"):
+        glagcn.from_released({key: value for key, value in state.items() if key != "fc.weight"}, (3, 3))
+    with pytest.raises(ValueError, match="extra.weight"):
+        glagcn.from_released({**state, "extra.weight": torch.zeros(1)}, (3, 3))
+    with pytest.raises(ValueError, match="data_norm.bias|data_bn.bias"):
+        glagcn.from_released({key: value for key, value in state.items() if key != "data_bn.bias"}, (3, 3))
+    with pytest.raises(ValueError, match="0..14"):
+        glagcn.from_released(PlainGLAGCN(8, (3,), glagcn.HUMANEVA15_EDGES, 15).state_dict(), (3,))
+
+
+def test_gla_can_be_exported_and_autocast():
+    model = _gla_shake(glagcn.GLAGCN(filter_widths=(3, 3), channels=8, reconstruct=True)).eval()
+    x = torch.rand(2, 9, 17, 2) * 2 - 1
+    want = model(x)
+    assert torch.allclose(torch.export.export(model, (x,)).module()(x), want, atol=1e-5)
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        pose, sequence = model(x, return_sequence=True)
+        loss = glagcn.mean_distance(pose.float(), torch.zeros(2, 17, 3)) + sequence.float().square().mean()
+    loss.backward()
+    assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (model.eval()(x).float() - model.float()(x)).abs().max() < 0.3 * want.abs().max()
+
+
+# ---- glagcn: refinement
+
+
+def _gla_project(points, intrinsics):
+    """The Human3.6M camera model, point by point."""
+    fx, fy, cx, cy, k1, k2, k3, p1, p2 = intrinsics.tolist()
+    out = torch.zeros(len(points), 2, dtype=points.dtype)
+    for i, (x, y, z) in enumerate(points.tolist()):
+        x, y = x / z, y / z
+        r2 = x * x + y * y
+        bend = 1 + k1 * r2 + k2 * r2**2 + k3 * r2**3 + p1 * x + p2 * y
+        out[i] = torch.tensor([fx * (x * bend + p1 * r2) + cx, fy * (y * bend + p2 * r2) + cy])
+    return out
+
+
+def test_gla_refinement():
+    torch.manual_seed(0)
+    net = glagcn.Refinement(17).double().eval()
+    intrinsics = torch.tensor([[1145, 1143.8, 512.5, 515.5, -0.2071, 0.2478, -0.0031, -0.00098, -0.00142]] * 3).double()
+    root = torch.tensor([[0.3, -0.2, 4.5]]).double().repeat(3, 1)
+    pose = torch.rand(3, 17, 3, dtype=torch.float64) - 0.5
+    uv = torch.stack([_gla_project(p + r, k) for p, r, k in zip(pose, root, intrinsics)])
+    assert (net(pose, uv, intrinsics, root) - pose).abs().max() < 1e-6  # exact in, exact out, whatever the blend
+    wrong = (pose + 0.1 * torch.randn_like(pose)).requires_grad_()
+    wrong.data[..., 2] = pose[..., 2]
+    out = net.train()(wrong, uv, intrinsics, root)
+    assert out.shape == (3, 17, 3) and torch.equal(out[..., 2], wrong[..., 2])
+    error, before = (out - pose)[..., :2], (wrong - pose)[..., :2]
+    assert ((error / before > 0) & (error / before < 1)).all()  # between the prediction and the exact projection
+    out.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+    assert (wrong.grad[..., 2] != 0).all()
+
+
+def test_gla_mean_distance():
+    prediction = torch.tensor([[[3.0, 4.0, 0.0], [0.0, 0.0, 0.0]]], requires_grad=True)
+    loss = glagcn.mean_distance(prediction, torch.zeros(1, 2, 3))
+    loss.backward()
+    assert loss.item() == 2.5 and torch.isfinite(prediction.grad).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py
+
+
+H17 = SKELETONS["h36m17"]
+
+
+# ---- skeletons, cameras, normalisation, flips
+
+def test_data_skeletons_are_trees_and_mirror_themselves():
+    for s in SKELETONS.values():
+        assert len(s.joints) == len(s.parents) == len(set(s.joints)) == int(s.name[-2:])
+        assert len(s.edges) == len(s.joints) - 1
+        for joint in range(len(s.joints)):  # every joint hangs on the root
+            for _ in s.joints:
+                joint = joint if s.parents[joint] < 0 else s.parents[joint]
+            assert joint == s.root
+        for left, right in zip(s.left, s.right):
+            assert s.joints[left].replace("left", "right") == s.joints[right] != s.joints[left]
+        assert not any("left" in s.joints[j] or "right" in s.joints[j] for j in set(range(len(s.joints))) - {*s.left, *s.right})
+    assert H17.joints == tuple(SKELETONS["h36m32"].joints[j] for j in data.H36M_17_OF_32)
+    assert [H17.joints[i] for i in (0, 3, 4, 10, 11, 16)] == ["pelvis", "right_ankle", "left_hip", "head", "left_shoulder", "right_wrist"]
+
+
+CAMERA_PARAMETERS = (2.290598750114441, 2.287562370300293, 0.025083, 0.028902752, -0.2070989, 0.2477752, -0.00307515,
+                     -0.0009757, -0.00142447)
+CAMERA_GOLDEN = [((0.556496, 0.77698, 4.762983), (0.2904045110107589, 0.39884800114767477)),
+                 ((-0.287271, 0.056565, 3.953001), (-0.14121131996107592, 0.061583187059144076)),
+                 ((0.555088, -0.659843, 4.654396), (0.29634677795787234, -0.29332879249257554)),
+                 ((0.126825, 0.873132, 4.275348), (0.09234620267329097, 0.4918808621803816)),
+                 ((-0.670435, 0.753866, 5.289457), (-0.26321490535911013, 0.35243777873652027))]
+
+
+def test_data_projection_golden():
+    points, want = (np.array(column) for column in zip(*CAMERA_GOLDEN))
+    np.testing.assert_allclose(data.project(points, CAMERA_PARAMETERS), want, atol=1e-12)
+
+
+@given(st.lists(st.floats(-3, 3), min_size=3, max_size=3), st.integers(0, 3))
+@settings(max_examples=40, deadline=None)
+def test_data_projection_against_scalars(point, camera):
+    point[2] = abs(point[2]) + 0.5
+    fx, fy, cx, cy, k1, k2, k3, p1, p2 = data.H36M_INTRINSICS[camera]
+    x, y = (max(-1.0, min(1.0, v / point[2])) for v in point[:2])
+    r2 = x * x + y * y
+    gain = 1 + k1 * r2 + k2 * r2 ** 2 + k3 * r2 ** 3 + p1 * x + p2 * y
+    want = fx * (x * gain + p1 * r2) + cx, fy * (y * gain + p2 * r2) + cy
+    np.testing.assert_allclose(data.project(np.array([point]), data.H36M_INTRINSICS[camera])[0], want, rtol=1e-12)
+
+
+def test_data_world_to_camera_and_back():
+    rng = np.random.default_rng(0)
+    world = rng.normal(size=(5, 17, 3))
+    for rig in (*data.H36M_EXTRINSICS.values(), *data.HUMANEVA_EXTRINSICS.values()):
+        for extrinsics in rig:
+            camera = data.world_to_camera(world, extrinsics)
+            np.testing.assert_allclose(data.camera_to_world(camera, extrinsics), world, atol=1e-12)
+            np.testing.assert_allclose(np.linalg.norm(camera, axis=-1), np.linalg.norm(world - extrinsics[4:], axis=-1))
+            np.testing.assert_allclose(data.world_to_camera(extrinsics[4:], extrinsics), 0, atol=1e-12)
+            assert camera[..., 2].min() > 0 and data.world_to_camera(extrinsics[4:] - [0, 0, 1], extrinsics)[1] > 0.9  # y is down
+    w, x, y, z = (0.5, 0.5, 0.5, 0.5)  # a third of a turn about (1, 1, 1): world X, Y, Z are R's columns
+    np.testing.assert_allclose(data.camera_to_world(np.eye(3), (w, x, y, z, 1, 2, 3)), np.roll(np.eye(3), 1, 1) + [1, 2, 3], atol=1e-12)
+
+
+def test_data_normalise_rules():
+    p, size = np.array([[0.0, 0.0], [640, 480], [320, 240]], np.float32), (640, 480)
+    np.testing.assert_allclose(data.normalise(p, size, "width"), [[-1, -0.75], [1, 0.75], [0, 0]], atol=1e-7)
+    np.testing.assert_allclose(data.normalise(p, size, "longest"), data.normalise(p, size, "width"))
+    np.testing.assert_allclose(data.normalise(p, (480, 640), "longest")[0], [-0.75, -1], atol=1e-7)
+    np.testing.assert_allclose(data.normalise(p, (480, 640), "width")[0], [-1, -640 / 480], atol=1e-7)
+    np.testing.assert_allclose(data.normalise(p, size, "release-500"), (p - 500) / 500)
+    for rule in ("width", "longest", "release-500"):
+        got = data.normalise(torch.from_numpy(p), size, rule)
+        assert got.dtype == torch.float32 and data.normalise(p, size, rule).dtype == np.float32
+        np.testing.assert_allclose(got.numpy(), data.normalise(p, size, rule), atol=1e-7)
+    with pytest.raises(InputError, match="unknown rule 'height'"):
+        data.normalise(p, size, "height")
+
+
+@given(st.sampled_from(sorted(SKELETONS)), st.sampled_from((2, 3)), st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_data_flip(name, channels, seed):
+    s = SKELETONS[name]
+    pose = np.random.default_rng(seed).normal(size=(4, len(s.joints), channels))
+    got = data.flip(pose, s)
+    np.testing.assert_array_equal(data.flip(got, s), pose)
+    np.testing.assert_array_equal(data.flip(torch.from_numpy(pose), s).numpy(), got)
+    np.testing.assert_array_equal(got[:, s.left[0]], pose[:, s.right[0]] * ([-1, 1, 1][:channels]))
+
+
+# ---- the frame store
+
+def small_sequences(lengths=(7, 1, 4), joints=17, seed=0):
+    rng = np.random.default_rng(seed)
+    made = []
+    for i, n in enumerate(lengths):
+        pose = rng.normal(0, 0.3, (n, joints, 3)).astype(np.float32)
+        pose[:, 0] = 0
+        root = (rng.normal(0, 0.3, (n, 3)) + [0, 0, 4]).astype(np.float32)
+        pixels = data.project((pose + root[:, None]).astype(float), data.H36M_INTRINSICS[i % 4]).astype(np.float32)
+        made.append(Sequence(f"S{i}", f"walk {i}", "54138969", pixels, pose, root,
+                             data.H36M_INTRINSICS[i % 4].astype(np.float32), data.H36M_SIZES[i % 4], 50.0))
+    return made
+
+
+@given(st.integers(1, 12), st.booleans(), st.booleans(), st.booleans(), st.sampled_from(("camera", "uvd")), st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_data_frame_store_windows_against_a_loop(frames, causal, flips, whole, target, seed):
+    sequences = small_sequences()
+    store = FrameStore(sequences, "width", H17, target=target)
+    assert len(store) == 12 and store.sequence.tolist() == [0] * 7 + [1] + [2] * 4
+    index = torch.randint(0, 12, (9,), generator=torch.Generator().manual_seed(seed))
+    mask = torch.arange(9) % 2 == 0 if flips else None
+    pose, goal = store.batch(index, frames, causal, mask, whole)
+    for b, i in enumerate(index.tolist()):
+        number = 0 if i < 7 else 1 if i == 7 else 2
+        at = i - (0, 7, 8)[number]
+        s, window, goals = sequences[number], [], []
+        for step in range(frames):
+            j = at + step - (frames - 1 if causal else frames // 2)
+            j = min(max(j, 0), len(s.pose_2d) - 1)
+            window.append(data.normalise(s.pose_2d[j], s.size, "width"))
+            goals.append(store.target[(0, 7, 8)[number] + j].numpy() if target == "uvd" else s.pose_3d[j])
+        if not whole or frames == 1:
+            goals = [store.target[i].numpy() if target == "uvd" else s.pose_3d[at]]
+        if flips and b % 2 == 0:
+            window, goals = ([data.flip(p, H17) for p in poses] for poses in (window, goals))
+        np.testing.assert_allclose(pose[b].numpy().reshape(-1, 17, 2), window, atol=1e-6)
+        np.testing.assert_allclose(goal[b].numpy().reshape(-1, 17, 3), goals, atol=1e-6)
+    assert pose.shape == ((9, 17, 2) if frames == 1 else (9, frames, 17, 2))
+    assert goal.shape == ((9, frames, 17, 3) if whole and frames > 1 else (9, 17, 3))
+
+
+@pytest.mark.parametrize("rule", ["release-500", "width", "longest"])
+def test_data_uvd_round_trip(rule):
+    store = FrameStore(small_sequences(), rule, H17, dtype=torch.float64, target="uvd")
+    index = torch.tensor([11, 0, 7, 3])
+    got = store.to_camera(store.target[index], index)
+    assert (got - store.pose_3d[index]).abs().max() < 1e-9
+    s = store.sequences[2]  # the target itself: a pinhole camera, then the rule
+    point = (s.pose_3d + s.root[:, None])[0, 5].astype(float)
+    u = float(s.intrinsics[0]) * point[0] / point[2] + float(s.intrinsics[2])
+    assert store.target[8, 5, 0].item() == pytest.approx(data.normalise(np.array([u, 0.0]), s.size, rule)[0], abs=1e-6)
+    assert store.target[8, 5, 2].item() == pytest.approx(float(s.pose_3d[0, 5, 2]), abs=1e-7)
+    camera = FrameStore(small_sequences(), rule, H17)
+    assert camera.to_camera(camera.target[index], index) is not None and torch.equal(camera.target, camera.pose_3d)
+
+
+def test_data_frame_store_refuses():
+    sequences = small_sequences()
+    with pytest.raises(InputError, match="no sequences"):
+        FrameStore([], "width", H17)
+    with pytest.raises(InputError, match="17 joints.*humaneva15"):
+        FrameStore(sequences, "width", SKELETONS["humaneva15"])
+    with pytest.raises(InputError, match="unknown target"):
+        FrameStore(sequences, "width", H17, target="depth")
+    sequences[1].intrinsics = data.UNKNOWN_INTRINSICS
+    with pytest.raises(InputError, match="S1 walk 1.*intrinsics"):
+        FrameStore(sequences, "width", H17, target="uvd")
+
+
+# ---- BVH
+
+BVH_TINY = """HIERARCHY
+ROOT Hips
+{
+  OFFSET 1 2 3
+  CHANNELS 6 Xposition Yposition Zposition Zrotation Xrotation Yrotation
+  JOINT Chest
+  {
+    OFFSET 0 1.5 0
+    CHANNELS 4 Yrotation Yposition Zrotation Xrotation
+    End Site
+    {
+      OFFSET 0.25 0.5 0
+    }
+  }
+}
+MOTION
+Frames: 2
+Frame Time: 0.04
+0 0 0 0 0 0  0 1.5 0 0
+10 20 30 90 0 0  0 2 0 90
+"""
+
+
+def test_data_bvh_by_hand(tmp_path):
+    (tmp_path / "tiny.bvh").write_text(BVH_TINY)
+    names, positions, fps = data.read_bvh(tmp_path / "tiny.bvh")
+    assert names == ("Hips", "Chest", "Chest_end") and positions.shape == (2, 3, 3) and fps == pytest.approx(25)
+    np.testing.assert_allclose(positions[0], [[0, 0, 0], [0, 1.5, 0], [0.25, 2, 0]], atol=1e-12)
+    # 90 degrees about z: up is -x; the Yposition of Chest replaces its OFFSET; its 90 about x turns (.25, .5, 0) to (.25, 0, .5)
+    np.testing.assert_allclose(positions[1], [[10, 20, 30], [8, 20, 30], [8, 20.25, 30.5]], atol=1e-12)
+
+
+def write_bvh(joints, values, newline="\n", space=" ", number="{:.9f}", seconds=0.05):
+    """A BVH text from nested [name, offset, channels, children] (a child None is an end site's offset)."""
+    lines = ["HIERARCHY"]
+
+    def put(joint, depth):
+        name, offset, channels, children = joint
+        tab = "\t" * depth
+        lines.append(f"{tab}{'ROOT' if depth == 0 else 'JOINT'} {name}")
+        lines.append(f"{tab}{{")
+        lines.append(f"{tab}\tOFFSET{space}" + space.join(map(str, offset)))
+        lines.append(f"{tab}\tCHANNELS{space}{len(channels)}{space}" + space.join(channels))
+        for child in children:
+            if len(child) == 3:
+                lines.extend([f"{tab}\tEnd Site", f"{tab}\t{{", f"{tab}\tOFFSET " + " ".join(map(str, child)), f"{tab}\t}}"])
+            else:
+                put(child, depth + 1)
+        lines.append(f"{tab}}}")
+    put(joints, 0)
+    lines += ["MOTION", f"Frames:\t{len(values)}", f"Frame Time:{space}{seconds}"]
+    lines += [space.join(number.format(v) for v in row) + " " for row in values]
+    return newline.join(lines) + newline
+
+
+def plain_positions(joints, row):
+    """World positions of one frame, joint by joint with 3 x 3 loops: the reference."""
+    row, out = list(row), []
+
+    def times(a, b):
+        return [[sum(a[i][k] * b[k][j] for k in range(3)) for j in range(3)] for i in range(3)]
+
+    def turn(axis, degrees):
+        c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+        return {"X": [[1, 0, 0], [0, c, -s], [0, s, c]], "Y": [[c, 0, s], [0, 1, 0], [-s, 0, c]],
+                "Z": [[c, -s, 0], [s, c, 0], [0, 0, 1]]}[axis]
+
+    def visit(joint, rotation, origin):
+        if len(joint) == 3:
+            out.append([origin[i] + sum(rotation[i][k] * joint[k] for k in range(3)) for i in range(3)])
+            return
+        _, offset, channels, children = joint
+        offset, own = list(offset), [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+        for channel in channels:
+            value = row.pop(0)
+            if channel.endswith("position"):
+                offset["XYZ".index(channel[0])] = value
+            else:
+                own = times(own, turn(channel[0], value))
+        at = [origin[i] + sum(rotation[i][k] * offset[k] for k in range(3)) for i in range(3)]
+        out.append(at)
+        for child in children:
+            visit(child, times(rotation, own), at)
+    visit(joints, [[1, 0, 0], [0, 1, 0], [0, 0, 1]], [0, 0, 0])
+    return out
+
+
+@st.composite
+def bvh_skeletons(draw, depth=0):
+    channels = draw(st.permutations(["Xrotation", "Yrotation", "Zrotation"]))[:draw(st.integers(1, 3))]
+    channels += draw(st.permutations(["Xposition", "Yposition", "Zposition"]))[:draw(st.integers(0, 3))]
+    channels = draw(st.permutations(channels))
+    offset = draw(st.lists(st.integers(-9, 9), min_size=3, max_size=3))
+    children = [draw(bvh_skeletons(depth + 1)) for _ in range(draw(st.integers(0, 2)) if depth < 2 else 0)]
+    name = "j" + str(draw(st.integers(0, 10 ** 9)))
+    return [name, offset, channels, children or [tuple(draw(st.lists(st.integers(-9, 9), min_size=3, max_size=3)))]]
+
+
+@given(bvh_skeletons(), st.integers(0, 99), st.sampled_from(("\n", "\r\n")), st.sampled_from((" ", "\t", "   ")),
+       st.sampled_from(("{:.9f}", "{:.12e}", "{:.10E}")))
+@settings(max_examples=40, deadline=None)
+def test_data_bvh_any_channel_order_against_a_plain_loop(tmp_path_factory, skeleton, seed, newline, space, number):
+    def count(joint):
+        return 0 if len(joint) == 3 else len(joint[2]) + sum(map(count, joint[3]))
+    values = np.random.default_rng(seed).uniform(-180, 180, (3, count(skeleton)))
+    path = tmp_path_factory.mktemp("bvh") / "any.bvh"
+    path.write_bytes(write_bvh(skeleton, values, newline, space, number).encode())
+    names, positions, fps = data.read_bvh(path)
+    assert fps == pytest.approx(20) and names[0] == skeleton[0]
+    for frame, row in enumerate(values):
+        np.testing.assert_allclose(positions[frame], plain_positions(skeleton, row), atol=1e-5)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t[:-20], "frame 1: .* values for 10 channels"),
+    (lambda t: t[:t.index("10 20")], "1 frames where its header says 2"),
+    (lambda t: t[:t.index("MOTION")], "no MOTION"),
+    (lambda t: t[:t.index("}")], "no MOTION"),
+    (lambda t: "", "not a BVH file"),
+    (lambda t: "\x89PNG\r\n\x1a\n", "line 1.*not what a BVH"),
+    (lambda t: t.replace("10 20", "nan 20"), "frame 1: NaN"),
+    (lambda t: t.replace("10 20", "ten 20"), "not a number"),
+    (lambda t: t.replace("Frames: 2", "Frames: 3"), "2 frames where its header says 3"),
+    (lambda t: t.replace("Frames: 2", "Frames: x"), "line 17.*'Frames:' and a number"),
+    (lambda t: t.replace("Frame Time: 0.04", "Frame Time: 0"), "above 0"),
+    (lambda t: t.replace("CHANNELS 4", "CHANNELS 5"), "line 9"),
+    (lambda t: t.replace("OFFSET 0 1.5 0", "OFFSET 0 1.5"), "line 8"),
+    (lambda t: t.replace("Yposition Zrot", "Yscale Zrot"), "line 9"),
+])
+def test_data_bvh_bad_files(tmp_path, change, message):
+    path = tmp_path / "bad.bvh"
+    path.write_text(change(BVH_TINY))
+    with pytest.raises(InputError, match=message) as error:
+        data.read_bvh(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def person(names, seed=0, frames=6, leg=40.0, end=(0, 12, 0)):
+    """A BVH person, y up, that walks off: (skeleton, values). `names`: ours -> theirs."""
+    n = names.get
+    turns = ["Zrotation", "Xrotation", "Yrotation"]
+
+    def limb(side, first, second, third, at, bone):
+        return [n(f"{side}_{first}"), at, turns, [[n(f"{side}_{second}"), bone, turns, [[n(f"{side}_{third}"), bone, turns, [(0, -5, 3)]]]]]]
+    x = {"left": 1, "right": -1}
+    arms = [[n(f"{side}_collar"), (5 * x[side], 6, 0), turns, [limb(side, "shoulder", "elbow", "wrist", (15 * x[side], 2, 0), (25 * x[side], 0, 0))]]
+            for side in x]
+    legs = [limb(side, "hip", "knee", "ankle", (10 * x[side], -5, 0), (0, -leg, 1)) for side in x]
+    trunk = [n("spine"), (0, 25, 0), turns, [*arms, [n("thorax"), (0, 18, 0), turns, [[n("neck"), (0, 10, 2), turns, [end]]]]]]
+    skeleton = [n("pelvis"), (0, 0, 0), ["Xposition", "Yposition", "Zposition", *turns], [trunk, *legs]]
+    values = np.random.default_rng(seed).uniform(-20, 20, (frames, 6 + 3 * 17))
+    values[:, 0] += np.linspace(0, 900, frames)
+    values[:, 1] += 90
+    return skeleton, values
+
+
+def bandai_names():
+    limbs = {"collar": "Shoulder", "hip": "UpperLeg", "knee": "LowerLeg", "ankle": "Foot", "shoulder": "UpperArm", "elbow": "LowerArm", "wrist": "Hand"}
+    return {"pelvis": "Hips", "spine": "Chest", "thorax": "Neck", "neck": "Head",
+            **{f"{side}_{ours}": f"{theirs}_{side[0].upper()}" for side in ("left", "right") for ours, theirs in limbs.items()}}
+
+
+def sided_names(trunk, *limbs, prefix=""):
+    ours = ("hip", "knee", "ankle", "shoulder", "elbow", "wrist", "collar")
+    names = {**dict(zip(("pelvis", "spine", "thorax", "neck"), trunk)),
+             **{f"{side}_{o}": side.capitalize() + theirs for side in ("left", "right") for o, theirs in zip(ours, limbs)}}
+    return {o: prefix + name for o, name in names.items()}
+
+
+CONVENTIONS = {
+    "bandai": bandai_names(),
+    "motionbuilder": sided_names(("Hips", "Spine1", "Neck1", "Head"), "UpLeg", "Leg", "Foot", "Arm", "ForeArm", "Hand", "Shoulder"),
+    "3dsmax": sided_names(("Hips", "Chest2", "Neck", "Head"), "Hip", "Knee", "Ankle", "Shoulder", "Elbow", "Wrist", "Collar"),
+    "mixamo": sided_names(("Hips", "Spine1", "Neck", "Head"), "UpLeg", "Leg", "Foot", "Arm", "ForeArm", "Hand", "Shoulder", prefix="mixamorig:"),
+    "lafan1": sided_names(("Hips", "Spine1", "Neck", "Head"), "UpLeg", "Leg", "Foot", "Arm", "ForeArm", "Hand", "Shoulder")}
+
+
+@pytest.fixture(scope="module")
+def bvh_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    for i, (motion, style) in enumerate([("walk", "normal"), ("bow", "old"), ("run-fast", "normal"), ("walk", "old"), ("bow", "shy"),
+                                         ("walk", "shy"), ("bye", "shy"), ("bye", "tired")]):
+        skeleton, values = person(bandai_names(), seed=i, frames=5 + i)
+        (folder / f"dataset-1_{motion}_{style}_001.bvh").write_text(write_bvh(skeleton, values))
+    return folder
+
+
+def data_command(*arguments):
+    return subprocess.run([sys.executable, Path(data.__file__).name, *map(str, arguments)], capture_output=True, text=True,
+                          cwd=Path(data.__file__).parent)
+
+
+def test_data_bvh_command_follows_the_open_benchmark(bvh_folder, tmp_path):
+    done = data_command("bvh", bvh_folder, "--out", tmp_path / "out", "--name", "mine", "--test", "_old_")
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path / "out")) == ["data_2d_mine_gt.npz", "data_3d_mine.npz"]
+    for name in os.listdir(tmp_path / "out"):  # plain arrays
+        with np.load(tmp_path / "out" / name, allow_pickle=False) as archive:
+            assert str(archive["made_by"]) == data.MADE_BY and all(archive[key].dtype.kind != "O" for key in archive)
+    clips = sorted(bvh_folder.iterdir())
+    for split in ("train", "test"):
+        sequences = data.load_mocap(tmp_path / "out", "mine", split=split)
+        chosen = [i for i, clip in enumerate(clips) if ("_old_" in clip.name) == (split == "test")]
+        assert [s.camera for s in sequences[:4]] == list(data.H36M_CAMERAS) and len(sequences) == 4 * len(chosen)
+        for number, s in enumerate(sequences):
+            i, c = chosen[number // 4], number % 4
+            names, raw, fps = data.read_bvh(clips[i])
+            joint = lambda name: raw[:, names.index(name)]
+            order = ["Hips", "UpperLeg_R", "LowerLeg_R", "Foot_R", "UpperLeg_L", "LowerLeg_L", "Foot_L", "Chest", "Neck", "Head", None,
+                     "UpperArm_L", "LowerArm_L", "Hand_L", "UpperArm_R", "LowerArm_R", "Hand_R"]
+            leg = np.mean([math.dist(joint(a + side)[0], joint(b + side)[0]) * 2 for side in ("_L", "_R")
+                           for a, b in (("UpperLeg", "LowerLeg"), ("LowerLeg", "Foot"))])
+            rig = data.H36M_EXTRINSICS[("S1", "S5", "S6", "S7", "S8", "S9", "S11")[i % 7]][c]
+            pelvis = joint("Hips") * 0.9 / leg
+            centre = pelvis.mean(0)
+            assert np.abs(pelvis - centre)[:, 0].max() > 1.5  # the clamp has work to do
+            for t in range(len(raw)):
+                shift = [min(max(pelvis[t, k] - centre[k], -1.5), 1.5) - pelvis[t, k] for k in (0, 2)]
+                pose = []
+                for name in order:
+                    x, y, z = (joint(name)[t] if name else 2 * joint("Head")[t] - joint("Neck")[t]) * 0.9 / leg
+                    x, z = x + shift[0], z + shift[1]
+                    pose.append(data.world_to_camera(np.array([x, -z, y]), rig))
+                np.testing.assert_allclose(s.pose_3d[t], np.array(pose) - pose[0], atol=1e-5)
+                np.testing.assert_allclose(s.root[t], pose[0], atol=1e-5)
+                np.testing.assert_allclose(s.pose_2d[t], data.project(np.array(pose), data.H36M_INTRINSICS[c]), atol=1e-3)
+            assert s.fps == pytest.approx(20) and s.size == data.H36M_SIZES[c] and s.source.startswith("8 BVH clips")
+            np.testing.assert_allclose(s.intrinsics, data.H36M_INTRINSICS[c], rtol=1e-6)
+            assert data.provenance(sequences) != "Human3.6M"
+    assert {(s.subject, s.action) for s in sequences} == {("Sold", "bow 001"), ("Sold", "walk 001")}
+    assert data.action_class("walk 001") == "walk"
+
+
+@pytest.mark.parametrize("convention", sorted(CONVENTIONS))
+def test_data_bvh_conventions(convention, tmp_path):
+    names = CONVENTIONS[convention]
+    for i in range(2):
+        skeleton, values = person(names, seed=i)
+        (tmp_path / f"clip_{i}.bvh").write_text(write_bvh(skeleton, values))
+    data.convert_bvh(tmp_path, tmp_path, "one", "_1")
+    found, raw, _ = data.read_bvh(tmp_path / "clip_1.bvh")
+    s = data.load_mocap(tmp_path, "one", split="test")[0]
+    scale = np.linalg.norm(s.pose_3d[0, 12] - s.pose_3d[0, 11]) / np.linalg.norm(np.subtract(*(raw[0, found.index(names[j])] for j in ("left_elbow", "left_shoulder"))))
+    end = "Neck" if convention == "bandai" else names["neck"] + "_end"  # Bandai-Namco's end sites mean nothing
+    head = raw[:, found.index(end)]
+    head = 2 * raw[:, found.index("Head")] - head if convention == "bandai" else head
+    theirs = np.stack([head if j == "head" else raw[:, found.index(names[j])] for j in H17.joints], 1) * scale
+    distances = lambda pose: np.linalg.norm(pose[:, :, None] - pose[:, None], axis=-1)
+    np.testing.assert_allclose(distances(s.pose_3d), distances(theirs), atol=1e-4)
+
+
+def test_data_bvh_mapping_scale_axis_rate_volume(tmp_path):
+    names = {ours: f"bone{i}" for i, ours in enumerate(CONVENTIONS["bandai"])}
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for i in range(2):
+        skeleton, values = person(names, seed=i, frames=11)
+        (clips / f"{'ab'[i]}.bvh").write_text(write_bvh(skeleton, values))
+    failed = data_command("bvh", clips, "--out", tmp_path, "--test", "^b")
+    assert failed.returncode == 2 and "no joint known for pelvis" in failed.stderr and "--map" in failed.stderr
+    assert len(failed.stderr.splitlines()) == 1 and not list(tmp_path.glob("*.npz"))
+    (tmp_path / "map.json").write_text(json.dumps({ours: name for ours, name in names.items() if "collar" not in ours}))
+    options = ("--map", tmp_path / "map.json", "--scale", "0.01", "--up", "z", "--fps", "10", "--volume", "0.25")
+    done = data_command("bvh", clips, "--out", tmp_path, "--test", "^b", *options)
+    assert done.returncode == 0, done.stderr
+    s = data.load_mocap(tmp_path, split="test")[2]
+    found, raw, _ = data.read_bvh(clips / "b.bvh")
+    raw = raw[::2] * 0.01  # 20 Hz to 10 Hz
+    assert s.fps == 10 and len(s.pose_3d) == 6
+    world = data.camera_to_world(s.pose_3d + s.root[:, None].astype(float), data.H36M_EXTRINSICS["S5"][2])
+    pelvis, knee = raw[:, found.index(names["pelvis"])], raw[:, found.index(names["left_knee"])]
+    np.testing.assert_allclose(world[:, 5] - world[:, 0], knee - pelvis, atol=1e-5)
+    np.testing.assert_allclose(world[:, 0, 2], pelvis[:, 2], atol=1e-5)
+    np.testing.assert_allclose(world[:, 0, :2], np.clip(pelvis - pelvis.mean(0), -0.25, 0.25)[:, :2], atol=1e-5)
+
+
+def test_data_bvh_command_bad_input(bvh_folder, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "list.json").write_text("[1]")
+    for arguments, message in [
+            ((tmp_path / "empty", "--test", "a"), "no BVH files"), ((tmp_path / "none", "--test", "a"), "no such folder"),
+            ((bvh_folder, "--test", "nothing"), "matches none"), ((bvh_folder, "--test", "bvh"), "matches all"),
+            ((bvh_folder, "--test", "(old"), "not a regular expression"), ((bvh_folder, "--test", "old", "--scale", "big"), "--scale"),
+            ((bvh_folder, "--test", "old", "--fps", "0"), "--fps"), ((bvh_folder, "--test", "old", "--volume", "-1"), "--volume"),
+            ((bvh_folder, "--test", "old", "--scale", "1"), "smaller --volume"),
+            ((bvh_folder, "--test", "old", "--map", tmp_path / "list.json"), "list.json"),
+            ((bvh_folder, "--test", "old", "--map", tmp_path / "none.json"), "none.json"),
+            ((bvh_folder, "--test", "old", "--out", tmp_path / "file" / "x"), "cannot be written")]:
+        with pytest.MonkeyPatch.context() as patch:  # in this process: a dozen interpreters take long
+            patch.setattr(sys, "argv", ["data.py", "bvh", "--out", str(out), *map(str, arguments)])
+            with pytest.raises(InputError, match=message) as error:
+                data.main()
+        assert "\n" not in str(error.value) and not out.exists(), arguments
+    with pytest.raises(InputError, match="unknown joints tail"):
+        data.convert_bvh(bvh_folder, out, test="old", mapping={"tail": "Hips"})
+    with pytest.raises(InputError, match="no joint 'Nose'"):
+        data.convert_bvh(bvh_folder, out, test="old", mapping={"head": "Nose"})
+
+
+def test_data_mocap_files_that_disagree(bvh_folder, tmp_path):
+    data.convert_bvh(bvh_folder, tmp_path, "mocap", "old")
+    path = tmp_path / "data_2d_mocap_gt.npz"
+    with np.load(path) as archive:
+        image = dict(archive)
+    with pytest.raises(InputError, match="data_2d_mocap_cpn.npz: not found"):
+        data.load_mocap(tmp_path, keypoints="cpn")
+    np.savez(tmp_path / "data_2d_mocap_cpn.npz", **{**image, "positions_2d": np.pad(image["positions_2d"], [(0, 0)] * 3 + [(0, 1)])})
+    cpn, gt = data.load_mocap(tmp_path, keypoints="cpn"), data.load_mocap(tmp_path)
+    assert all(np.array_equal(a.pose_2d, b.pose_2d) and a.pose_2d.shape[2] == 2 for a, b in zip(cpn, gt))  # confidence cut
+    np.savez(path, **{**image, "positions_2d": image["positions_2d"][:, :-1]})
+    with pytest.raises(InputError, match="data_2d_mocap_gt.npz: its clips or frames are not those"):
+        data.load_mocap(tmp_path)
+    broken = image["positions_2d"].copy()
+    broken[1, 2, 3, 0] = np.nan
+    np.savez(path, **{**image, "positions_2d": broken})
+    with pytest.raises(InputError, match=r"dataset-1_bow_old_001.bvh: Sold bow 001 camera 55011271, 2D, frame 2: NaN"):
+        data.load_mocap(tmp_path, split="test")
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(InputError, match="data_2d_mocap_gt.npz: cannot be read"):
+        data.load_mocap(tmp_path)
+
+
+# ---- synthetic motion
+
+@pytest.fixture(scope="module")
+def synthetic():
+    return data.synthesize(0)
+
+
+def yardsticks_of(train, test):
+    x, y, xt, yt = (np.concatenate(parts).astype(float) for parts in (
+        [(s.pose_2d - 500) / 500 for s in train], [s.pose_3d for s in train], [(s.pose_2d - 500) / 500 for s in test], [s.pose_3d for s in test]))
+    one = lambda a: np.c_[a.reshape(len(a), -1), np.ones(len(a))]
+    error = lambda pose: 1000 * np.linalg.norm(pose - yt, axis=-1).mean()
+    return error(y.mean(0)), error((one(xt) @ np.linalg.lstsq(one(x), y.reshape(len(y), -1), rcond=None)[0]).reshape(yt.shape))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_data_synthetic_yardsticks(seed, synthetic):
+    sequences = synthetic if seed == 0 else data.synthesize(seed)
+    for held_out in (("S9", "S11"), ("S6",)):
+        mean, affine = yardsticks_of([s for s in sequences if s.subject not in held_out], [s for s in sequences if s.subject in held_out])
+        assert mean > 120 and 40 < affine < 90, (held_out, mean, affine)
+
+
+def test_data_synthetic_is_deterministic_anatomical_and_smooth(synthetic):
+    again = data.synthesize(0, subjects=("S1", "S5"))
+    for a, b in zip(again, [s for s in synthetic if s.subject in ("S1", "S5")], strict=True):
+        assert a.action == b.action and np.array_equal(a.pose_2d, b.pose_2d) and np.array_equal(a.pose_3d, b.pose_3d)
+    assert not np.array_equal(data.synthesize(1, subjects=1)[0].pose_3d, synthetic[0].pose_3d)
+    assert {s.action.split()[0] for s in synthetic} == set(data.MOTIONS) and len({s.subject for s in synthetic}) == 7
+    lengths = {}
+    for s in synthetic:
+        bones = np.linalg.norm(np.stack([s.pose_3d[:, c] - s.pose_3d[:, p] for p, c in H17.edges], 1), axis=-1)
+        assert np.ptp(bones, 0).max() < 1e-5
+        assert np.abs(lengths.setdefault(s.subject, bones[0]) - bones[0]).max() < 1e-5
+        assert 0.7 < bones[0, 1] + bones[0, 2] < 1.1
+        world = data.camera_to_world(s.pose_3d + s.root[:, None].astype(float), data.H36M_EXTRINSICS[s.subject][data.H36M_CAMERAS.index(s.camera)])
+        assert np.linalg.norm(np.diff(world, axis=0), axis=-1).max() * s.fps < 12  # m/s
+        assert np.abs(np.diff(world, 2, axis=0)).max() < 0.1  # no jumps
+        assert -0.1 < world[:, [3, 6], 2].min() and world[..., 2].max() < 2.6
+        thigh, shank = world[:, [1, 4]] - world[:, [2, 5]], world[:, [3, 6]] - world[:, [2, 5]]
+        angle = np.degrees(np.arccos(np.clip((thigh * shank).sum(-1) / np.linalg.norm(thigh, axis=-1) / np.linalg.norm(shank, axis=-1), -1, 1)))
+        assert angle.min() > 38  # a knee bends 140 degrees at most
+        side = world[:, 4] - world[:, 1]  # from right to left hip
+        assert ((np.cross(world[:, 3] - world[:, 2], world[:, 2] - world[:, 1]) * side).sum(-1) < 0.02).all(), "a knee bent forwards"
+        if s.action == "walk 1":  # forwards, one foot after the other
+            forward = np.cross(side, world[:, 8] - world[:, 0])
+            assert (forward[1:] * np.diff(world[:, 0], axis=0)).sum() > 0
+            right, left = (((world[:, foot] - world[:, 0]) * forward).sum(-1) for foot in (3, 6))
+            assert np.corrcoef(right, left)[0, 1] < 0
+        np.testing.assert_allclose(s.pose_2d[0], data.project((s.pose_3d + s.root[:, None])[0].astype(float), s.intrinsics), atol=1e-2)
+    subjects = list(lengths.values())
+    assert all(np.abs(a - b).max() > 0.005 for i, a in enumerate(subjects) for b in subjects[:i])
+    for n in (1, 3):
+        assert len({s.subject for s in data.synthesize(0, subjects=n, motions=("walk",), frames=9)}) == n
+
+
+# ---- published datasets, on files of their layouts
+
+def write_objects(path, numpy1=False, protocol=4, **values):
+    """An npz with 0-d object arrays; `numpy1`: the module paths of NumPy 1."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for key, value in values.items():
+            body = pickle.dumps(np.array(value, dtype=object), protocol=protocol)
+            if numpy1:
+                body = body.replace(b"numpy._core.", b"numpy.core.").replace(b"\x8c\x16numpy.core.multiarray", b"\x8c\x15numpy.core.multiarray")
+            head = io.BytesIO()
+            np.lib.format.write_array_header_1_0(head, {"descr": "|O", "fortran_order": False, "shape": ()})
+            archive.writestr(key + ".npy", head.getvalue() + body)
+
+
+@pytest.fixture
+def miniature(synthetic):
+    """{subject: {action: world (T, 32, 3) float32}} of all 7 subjects, two actions each."""
+    space = {}
+    for s in synthetic:
+        if s.camera == data.H36M_CAMERAS[0] and s.action in ("walk 1", "sit 1"):
+            world = data.camera_to_world(s.pose_3d + s.root[:, None].astype(float), data.H36M_EXTRINSICS[s.subject][0])[:8]
+            wide = np.zeros((8, 32, 3), np.float32)
+            wide[:, data.H36M_17_OF_32] = world
+            wide[:, [4, 16, 24]] = world[:, [3, 8, 8]] + 0.1  # joints that the 17 leave out
+            space.setdefault(s.subject, {})["Walking 1" if "walk" in s.action else "Directions"] = wide
+    return space
+
+
+def views_of(space, joints=17, extra=0, confidence=True):
+    image = {}
+    for subject, actions in space.items():
+        for action, world in actions.items():
+            pick = world[:, data.H36M_17_OF_32] if joints == 17 else world
+            pick = np.concatenate([pick, pick[:1].repeat(extra, 0)])
+            pixels = [data.project(data.world_to_camera(pick, e), k) for e, k in zip(data.H36M_EXTRINSICS[subject], data.H36M_INTRINSICS)]
+            image.setdefault(subject, {})[action] = [np.pad(p, [(0, 0), (0, 0), (0, int(confidence))]).astype(np.float32) for p in pixels]
+    return image
+
+
+META = {"layout_name": "h36m", "num_joints": 17, "keypoints_symmetry": [[4, 5, 6, 11, 12, 13], [1, 2, 3, 14, 15, 16]]}
+
+
+@pytest.mark.parametrize("numpy1, protocol", [(False, 4), (True, 2), (False, 2), (True, 3)])
+def test_data_h36m_layout(miniature, tmp_path, numpy1, protocol):
+    write_objects(tmp_path / "data_3d_h36m.npz", numpy1, protocol, positions_3d=miniature)
+    projected = data.load_h36m(tmp_path)  # no file of 2D: through the cameras
+    write_objects(tmp_path / "data_2d_h36m_gt.npz", numpy1, protocol, positions_2d=views_of(miniature, confidence=False), metadata=META)
+    write_objects(tmp_path / "data_2d_h36m_cpn.npz", numpy1, protocol, positions_2d=views_of(miniature, extra=3), metadata=META)
+    gt, cpn = data.load_h36m(tmp_path), data.load_h36m(tmp_path, "cpn", ("S9", "S1"))
+    assert len(gt) == 5 * 2 * 4 and len(cpn) == 2 * 2 * 4
+    assert [s.subject for s in cpn] == ["S9"] * 8 + ["S1"] * 8
+    for a, b in zip(gt, projected, strict=True):
+        np.testing.assert_allclose(a.pose_2d, b.pose_2d, atol=1e-3)
+    s = next(s for s in cpn if (s.subject, s.action, s.camera) == ("S9", "Walking 1", "58860488"))
+    assert s.pose_2d.shape == (8, 17, 2) and s.pose_3d.shape == (8, 17, 3) and s.fps == 50 and s.size == (1000, 1000)
+    points = data.world_to_camera(miniature["S9"]["Walking 1"][:, data.H36M_17_OF_32], data.H36M_EXTRINSICS["S9"][2])
+    np.testing.assert_allclose(s.pose_3d, points - points[:, :1], atol=1e-6)
+    np.testing.assert_allclose(s.root, points[:, 0], atol=1e-6)
+    np.testing.assert_allclose(s.pose_2d, data.project(points, data.H36M_INTRINSICS[2]), atol=1e-3)
+    wide = data.load_h36m(tmp_path, joints=32)  # the gt file has 17: projected
+    assert wide[0].pose_2d.shape == (8, 32, 2) and wide[0].pose_3d.shape == (8, 32, 3)
+    np.testing.assert_allclose(wide[0].pose_2d[:, data.H36M_17_OF_32], gt[0].pose_2d, atol=1e-3)
+    FrameStore(wide, "release-500", SKELETONS["h36m32"])
+    with pytest.raises(InputError, match="17 joints, 3D has 32"):
+        data.load_h36m(tmp_path, "cpn", joints=32)
+    assert data.provenance(gt) == "files in Human3.6M layout (not Human3.6M: 320 frames)"
+
+
+def recipe_of(**fields):
+    return types.SimpleNamespace(**{**dict(data="h36m", keypoints="gt", skeleton="h36m17", skip=""), **fields})
+
+
+def test_data_h36m_protocol_and_refusals(miniature, tmp_path):
+    path = tmp_path / "data_3d_h36m.npz"
+    with pytest.raises(InputError, match="data_3d_h36m.npz: not found; register at"):
+        data.load_h36m(tmp_path)
+    write_objects(path, positions_3d=miniature)
+    test = data.load_dataset(recipe_of(), tmp_path, "test")  # without S11 Directions
+    assert {(s.subject, s.action) for s in test} == {("S9", "Walking 1"), ("S9", "Directions"), ("S11", "Walking 1")}
+    assert {s.subject for s in data.load_dataset(recipe_of(), tmp_path, "train")} == {"S1", "S5", "S6", "S7", "S8"}
+    with pytest.raises(InputError, match="data_2d_h36m_hrnet.npz: not found"):
+        data.load_dataset(recipe_of(keypoints="hrnet"), tmp_path, "train")
+    with pytest.raises(InputError, match="expected train or test"):
+        data.load_dataset(recipe_of(), tmp_path, "validation")
+    with pytest.raises(InputError, match="unknown data 'h37m'"):
+        data.load_dataset(recipe_of(data="h37m"), tmp_path, "test")
+
+    def refuse(message, change, **more):
+        image = views_of(miniature)
+        image = change(image) or image
+        write_objects(tmp_path / "data_2d_h36m_x.npz", positions_2d=image, **more)
+        with pytest.raises(InputError, match=message) as error:
+            data.load_h36m(tmp_path, "x")
+        assert "data_2d_h36m_x.npz" in str(error.value) and "\n" not in str(error.value)
+    cut = lambda rows: lambda image: image["S5"].update(Directions=[view[rows] for view in image["S5"]["Directions"]])
+    refuse("it holds no S6;", lambda image: image.pop("S6") and None)
+    refuse("it holds no S6 Directions", lambda image: image["S6"].pop("Directions") and None)
+    refuse("S7 Directions has 3 cameras", lambda image: image["S7"]["Directions"].pop() is None)
+    refuse("S5 Directions camera 54138969: 2D has 7 frames, 3D has 8", cut(slice(7)))
+    refuse("2D has 16 joints", cut((slice(None), slice(16))))
+    refuse("2D of shape", cut((slice(None), slice(None), slice(1))))
+    refuse("no dictionary", lambda image: {1})
+
+    def poison(image):
+        image["S8"]["Walking 1"][3][5, 2, 1] = np.inf
+    refuse("S8 Walking 1 camera 60457274, 2D, frame 5: NaN", poison)
+    miniature["S1"]["Directions"] = miniature["S1"]["Directions"][:0]
+    write_objects(path, positions_3d=miniature)
+    with pytest.raises(InputError, match="S1 Directions camera 54138969: no frames"):
+        data.load_h36m(tmp_path)
+    miniature["S1"]["Directions"] = np.full((8, 32, 3), np.nan)
+    write_objects(path, positions_3d=miniature)
+    with pytest.raises(InputError, match="S1 Directions.*, frame 0: NaN"):
+        data.load_h36m(tmp_path)
+
+
+def test_data_provenance_is_human36m_only_when_it_is():
+    def sequences(frames, subject, source="files in Human3.6M layout"):
+        still = np.broadcast_to(np.float32(0), (frames, 17, 3))
+        return [Sequence(subject, "a", "c", still[..., :2], still, still[:, 0], data.UNKNOWN_INTRINSICS, (1, 1), 50.0, source)]
+    train, test = sequences(1_559_752, "S1"), sequences(543_344, "S9")
+    for real in (train, test, train + test, sequences(524_892, "S11")):
+        assert data.provenance(real) == "Human3.6M"
+    for other in (sequences(1_559_751, "S1"), train + sequences(5, "S9"), sequences(543_344, "S9", "files in Human3.6M layout, made by this project"),
+                  sequences(543_344, "S1"), sequences(0, "S1")):
+        assert data.provenance(other) != "Human3.6M"
+
+
+def test_data_files_made_by_this_project_are_marked(miniature, tmp_path):
+    write_objects(tmp_path / "data_3d_h36m.npz", positions_3d=miniature, made_by=data.MADE_BY)
+    assert "made by this project" in data.provenance(data.load_h36m(tmp_path))
+
+
+def gridconv_archives(folder, miniature, subjects, name, legacy):
+    image, space = {}, {}
+    for subject in subjects:
+        for action, world in miniature[subject].items():
+            for c, camera in enumerate(data.H36M_CAMERAS):
+                points = data.world_to_camera(world[:, data.H36M_17_OF_32], data.H36M_EXTRINSICS[subject][c])
+                key = (subject, action.split(" ")[0], f"{action}.{camera}")
+                image[key] = data.project(points, data.H36M_INTRINSICS[c]).reshape(8, 34)
+                space[key] = {"pelvis": points[:, 0] * 1000, "joints_3d" if c else "joint_3d": (points - points[:, :1]).reshape(8, 51) * 1000,
+                              "camera": data.H36M_INTRINSICS[c][:4]}
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, value in (("2d", image), ("3d", space)):
+        torch.save(value, folder / f"{name}_custom_{kind}_unnorm.pth.tar", _use_new_zipfile_serialization=not legacy, pickle_protocol=2)
+    return image, space
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_data_gridconv_archives(miniature, tmp_path, legacy):
+    for actions in miniature.values():
+        actions["Greeting"] = actions["Waiting 1"] = actions["Directions 1"] = actions["Directions"]
+    gridconv_archives(tmp_path / "gt", miniature, ("S1", "S5"), "train", legacy)
+    image, space = gridconv_archives(tmp_path / "gt", miniature, ("S9", "S11"), "test", legacy)
+    gridconv_archives(tmp_path / "h36m" / "hrnet", miniature, ("S9", "S11"), "test", legacy)
+    train, test = data.load_gridconv(tmp_path), data.load_gridconv(tmp_path / "gt", "test")
+    assert len(train) == 2 * 5 * 4 and len(test) == 2 * 5 * 4
+    s = test[5]
+    key = list(image)[5]
+    assert (s.subject, f"{s.action}.{s.camera}") == (key[0], key[2])
+    np.testing.assert_allclose(s.pose_2d.reshape(8, 34), image[key], rtol=1e-6)
+    np.testing.assert_allclose(s.pose_3d.reshape(8, 51), space[key]["joints_3d"] / 1000, atol=1e-6)
+    np.testing.assert_allclose(s.root, space[key]["pelvis"] / 1000, atol=1e-6)
+    np.testing.assert_allclose(s.intrinsics, [*space[key]["camera"], 0, 0, 0, 0, 0], rtol=1e-6)
+    assert s.size == data.H36M_SIZES[data.H36M_CAMERAS.index(s.camera)]
+    skipped = lambda **fields: {(s.subject, s.action) for s in data.load_dataset(recipe_of(data="gridconv", **fields), tmp_path, "test")}
+    s9 = {("S9", a) for a in ("Walking 1", "Directions", "Directions 1", "Greeting", "Waiting 1")}
+    s11 = {("S11", a) for a in ("Walking 1", "Directions 1", "Greeting", "Waiting 1")}
+    assert skipped(skip="gridconv") == s9 | s11
+    assert skipped(skip="gridconv", keypoints="hrnet") == s9 - {("S9", "Greeting"), ("S9", "Waiting 1")} | s11
+    space.pop(key)
+    torch.save(space, tmp_path / "gt" / "test_custom_3d_unnorm.pth.tar")
+    with pytest.raises(InputError, match="dictionaries of the same sequences"):
+        data.load_gridconv(tmp_path, "test")
+    with pytest.raises(InputError, match="train_custom_2d_unnorm.pth.tar: not found"):
+        data.load_gridconv(tmp_path, "train", "hrnet")
+
+
+def test_data_humaneva_layout(tmp_path):
+    rng = np.random.default_rng(0)
+    space, gt, coco = {}, {}, {}
+    for subject in ("Train/S1", "Train/S2", "Train/S3", "Validate/S1", "Validate/S2", "Validate/S3"):
+        for action in ("Walking 1 chunk0", "Jog 1 chunk2", "Box 1 chunk0"):
+            space.setdefault(subject, {})[action] = rng.normal(size=(4, 15, 3)).astype(np.float32)
+            gt.setdefault(subject, {})[action] = [rng.uniform(0, 480, (5, 15, 2)) for _ in range(3)]
+            coco.setdefault(subject, {})[action] = [rng.uniform(0, 480, (4, 17, 3)) for _ in range(3)]
+    gt["Unlabeled/S4"] = {"Box 1 chunk0": [rng.uniform(0, 480, (5, 15, 2))] * 3}
+    write_objects(tmp_path / "data_3d_humaneva15.npz", positions_3d=space)
+    with pytest.raises(InputError, match="data_2d_humaneva15_gt.npz: not found"):
+        data.load_humaneva(tmp_path)
+    write_objects(tmp_path / "data_2d_humaneva15_gt.npz", positions_2d=gt)
+    write_objects(tmp_path / "data_2d_humaneva15_detectron_pt_coco.npz", positions_2d=coco)
+    sequences = data.load_humaneva(tmp_path)
+    assert len(sequences) == 3 * 2 * 3 and sequences[0].size == (640, 480) and sequences[0].fps == 60
+    s = sequences[4]
+    assert (s.subject, s.action, s.camera) == ("Train/S1", "Jog 1 chunk2", "C2")
+    points = data.world_to_camera(space["Train/S1"]["Jog 1 chunk2"], data.HUMANEVA_EXTRINSICS["S1"][1])
+    np.testing.assert_allclose(s.pose_3d, points - points[:, :1], atol=1e-5)
+    np.testing.assert_allclose(s.pose_2d, gt["Train/S1"]["Jog 1 chunk2"][1][:4], rtol=1e-6)
+    assert len(data.load_humaneva(tmp_path, subjects=("Train/S2",), actions=("Walk", "Jog", "Box"))) == 9
+    test = data.load_dataset(recipe_of(data="humaneva", keypoints="detectron_pt_coco"), tmp_path, "test")
+    assert {s.subject for s in test} == {"Validate/S1", "Validate/S2", "Validate/S3"}
+    raw, got = coco["Validate/S1"]["Walking 1 chunk0"][0], test[0].pose_2d
+    for joint, want in [(0, (raw[:, 11] + raw[:, 12]) / 2), (1, (raw[:, 5] + raw[:, 6]) / 2), (4, raw[:, 9]), (7, raw[:, 10]), (10, raw[:, 15]),
+                        (13, raw[:, 16]), (14, raw[:, 0])]:
+        np.testing.assert_allclose(got[:, joint], want[:, :2], rtol=1e-6)
+    store = FrameStore(test, "width", SKELETONS["humaneva15"])
+    assert store.input.shape == (3 * 2 * 3 * 4, 15, 2) and torch.isnan(store.intrinsics).all()
+
+
+def test_data_3dhp_layout(tmp_path):
+    rng = np.random.default_rng(0)
+    view = lambda frames: {"data_3d": rng.normal(0, 300, (frames, 17, 3)) + [0, 0, 3000], "data_2d": rng.uniform(0, 2048, (frames, 17, 2))}
+    train = {"S1 Seq1": [{camera: view(4) for camera in "01245678"}, 25], "S2 Seq2": [{"0": view(3)}, 50]}
+    test = {f"TS{i}": {**view(6), "valid": np.array([1, 0, 1, 1, 0, 1])} for i in range(1, 7)}
+    write_objects(tmp_path / "data_train_3dhp.npz", data=train)
+    write_objects(tmp_path / "data_test_3dhp.npz", data=test)
+    sequences = data.load_3dhp(tmp_path)
+    assert len(sequences) == 9 and [s.fps for s in sequences[-2:]] == [25, 50] and sequences[8].subject == "S2"
+    raw = train["S1 Seq1"][0]["4"]
+    s = next(s for s in sequences if s.camera == "4")
+    assert (s.subject, s.action, s.size) == ("S1", "Seq1", (2048, 2048))
+    np.testing.assert_allclose(s.pose_3d, (raw["data_3d"] - raw["data_3d"][:, 14:15]) / 1000, atol=1e-6)
+    np.testing.assert_allclose(s.root, raw["data_3d"][:, 14] / 1000, atol=1e-6)
+    tests = data.load_3dhp(tmp_path, "test")
+    assert [s.size for s in tests] == [(2048, 2048)] * 4 + [(1920, 1080)] * 2
+    store = FrameStore(tests, "width", SKELETONS["3dhp17"])
+    assert store.valid.tolist() == [True, False, True, True, False, True] * 6
+    crossed = data.load_dataset(recipe_of(data="3dhp"), tmp_path, "test")
+    names = SKELETONS["3dhp17"].joints
+    for ours, theirs in {"pelvis": "pelvis", "left_wrist": "left_wrist", "right_hip": "right_hip", "head": "head_top", "neck": "head",
+                         "thorax": "neck", "spine": "spine"}.items():
+        np.testing.assert_array_equal(crossed[0].pose_2d[:, H17.joints.index(ours)], tests[0].pose_2d[:, names.index(theirs)])
+        np.testing.assert_array_equal(crossed[0].pose_3d[:, H17.joints.index(ours)], tests[0].pose_3d[:, names.index(theirs)])
+    assert data.provenance(tests) == "files in MPI-INF-3DHP layout"
+    write_objects(tmp_path / "data_test_3dhp.npz", data={"TS1": {**test["TS1"], "valid": np.ones(5)}})
+    with pytest.raises(InputError, match="TS1: 5 flags"):
+        data.load_3dhp(tmp_path, "test")
+    write_objects(tmp_path / "data_test_3dhp.npz", data={"TS1": {"data_2d": 1}})
+    with pytest.raises(InputError, match="TS1: not in P-STMO's layout"):
+        data.load_3dhp(tmp_path, "test")
+
+
+# ---- hostile and damaged files
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch hostile",)
+
+
+class Unknown:
+    def __init__(self):
+        self.state = {"weights": [1, 2]}
+
+
+@pytest.mark.parametrize("value, name", [(Hostile(), r"posix\.system|nt\.system"), (Unknown(), "Unknown"), ({"a": [np.random.RandomState(0)]}, "numpy.random"),
+                                         (print, "builtin.*print"), (np.lib.format.open_memmap, "open_memmap")])
+def test_data_hostile_pickles_are_refused_by_name(value, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_objects("a.npz", positions_3d={"S1": value})
+    with pytest.raises(InputError, match=name) as error:
+        data.read_npz("a.npz")
+    assert "refused" in str(error.value) and "\n" not in str(error.value)
+    for legacy in (True, False):
+        torch.save({"model": torch.ones(2), "x": value}, "a.pth", _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(InputError, match=name):
+            data.read_torch("a.pth")
+        assert torch.equal(data.read_torch("a.pth", inert=True)["model"], torch.ones(2))
+    assert not os.path.exists("hostile")
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_data_read_torch(legacy, tmp_path):
+    model = torch.nn.Linear(3, 2)
+    optimiser = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimiser.step()
+    values = {"state_dict": model.state_dict(), "list": [1, 2.5, "three", None, True, (4,), {5}], "array": np.arange(6.0).reshape(2, 3),
+              "scalar": np.float64(1.5), "half": torch.ones(2, 2, dtype=torch.float16).t(), "ordered": OrderedDict(a=1), "parameter": torch.nn.Parameter(torch.ones(1))}
+    torch.save(values, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
+    got = data.read_torch(tmp_path / "a.pth")
+    assert got["list"] == values["list"] and got["scalar"] == 1.5 and np.array_equal(got["array"], values["array"])
+    assert all(torch.equal(got["state_dict"][k], v) for k, v in model.state_dict().items()) and got["half"].dtype == torch.float16
+    torch.save({**values, "optimizer": optimiser, "random_state": np.random.RandomState(0)}, tmp_path / "b.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(InputError, match="refused"):
+        data.read_torch(tmp_path / "b.pth")
+    got = data.read_torch(tmp_path / "b.pth", inert=True)
+    assert torch.equal(got["state_dict"]["weight"], model.weight) and not isinstance(got["optimizer"], torch.optim.Optimizer)
+    whole = (tmp_path / "b.pth").read_bytes()
+    for length in (0, 10, len(whole) // 2, len(whole) - 30):
+        (tmp_path / "c.pth").write_bytes(whole[:length])
+        with pytest.raises(InputError, match="c.pth: cannot be read"):
+            data.read_torch(tmp_path / "c.pth", inert=True)
+    torch.jit.script(model).save(str(tmp_path / "d.pth"))
+    with pytest.raises(InputError, match="TorchScript"):
+        data.read_torch(tmp_path / "d.pth")
+
+
+def test_data_python2_pickle(tmp_path):
+    # {'S1': array([1., 2.], dtype=float32)} as Python 2 and NumPy 1 write it, byte strings throughout
+    body = (b"\x80\x02}q\x00U\x02S1q\x01cnumpy.core.multiarray\n_reconstruct\nq\x02cnumpy\nndarray\nq\x03K\x00\x85U\x01b\x87Rq\x04"
+            b"(K\x01K\x02\x85cnumpy\ndtype\nq\x05U\x02f4K\x00K\x01\x87Rq\x06(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x08"
+            + struct.pack("<2f", 1, 2) + b"tbs.")
+    array = (b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01)cnumpy\ndtype\nU\x02O8K\x00K\x01\x87R"
+             b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK?tb\x89]" + body[2:-1] + b"atb.")
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {"descr": "|O", "fortran_order": False, "shape": ()})
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", head.getvalue() + array)
+    got = data.read_npz(tmp_path / "a.npz")["x"].item()
+    assert list(got) == ["S1"] and got["S1"].dtype == np.float32 and got["S1"].tolist() == [1, 2]
+
+
+def test_data_read_npz_damaged(tmp_path):
+    path = tmp_path / "a.npz"
+    arrays = {"a": np.arange(24.0).reshape(2, 3, 4), "b": np.asfortranarray(np.arange(6).reshape(2, 3)), "c": np.array(["x", "yy"]), "d": np.float32(3),
+              "e": np.zeros((0, 3))}
+    for save in (np.savez, np.savez_compressed):
+        save(path, **arrays)
+        got = data.read_npz(path)
+        assert all(np.array_equal(got[k], v) and got[k].dtype == np.asarray(v).dtype for k, v in arrays.items())
+    whole = path.read_bytes()
+    for length in (0, 30, len(whole) // 2, len(whole) - 5):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match="a.npz: cannot be read"):
+            data.read_npz(path)
+    for shape in ((10 ** 15,), (3,), (-1,), (2 ** 40, 2 ** 40)):
+        head = io.BytesIO()
+        np.lib.format.write_array_header_1_0(head, {"descr": "<f8", "fortran_order": False, "shape": shape})
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x.npy", head.getvalue() + bytes(16))
+        with pytest.raises(InputError, match="claims|negative|shape"):
+            data.read_npz(path)
+    with pytest.raises(InputError, match="none.npz: not found"):
+        data.read_npz(tmp_path / "none.npz")
+    with pytest.raises(InputError, match="cannot be read"):
+        data.read_npz(tmp_path)
+
+
+# ---- files and commands
+
+def test_data_write_atomically(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    data.write_atomically(path, lambda file: file.write(b"one"))
+    with open(path, "rb") as reader:  # who reads the old file goes on reading the old file
+        data.write_atomically(path, lambda file: file.write(b"two"))
+        assert reader.read() == b"one" and path.read_bytes() == b"two"
+    data.write_atomically(path, lambda file: file.write(b"one"))
+
+    def half(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        data.write_atomically(path, half)
+    assert path.read_bytes() == b"one" and os.listdir(path.parent) == ["a.txt"]
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(InputError, match="a.txt: cannot be written.*No space left"):
+        data.write_atomically(path, full)
+    assert os.listdir(path.parent) == ["a.txt"]
+    with pytest.raises(InputError, match="cannot be written"):
+        data.write_atomically(path / "below" / "a.txt", half)
+
+
+def test_data_run_exit_statuses(capsys):
+    import gridconv
+
+    def fail(error):
+        def main():
+            raise error
+        return main
+    for error, status in ((InputError("two\nlines"), 2), (FileNotFoundError(2, "No such file", "x.npz"), 2), (KeyboardInterrupt(), 130)):
+        with pytest.raises(SystemExit) as stop:
+            data.run(fail(error))
+        assert stop.value.code == status
+    assert capsys.readouterr().err == "error: two lines\nerror: [Errno 2] No such file: 'x.npz'\n"
+    with pytest.raises(ValueError, match="a bug"):
+        data.run(fail(ValueError("a bug")))
+    with pytest.raises(SystemExit) as stop:  # a model's refusal is the user's
+        data.run(lambda: gridconv.assignment_matrix(((0, 99),), 2))
+    assert stop.value.code == 2 and "99" in capsys.readouterr().err
+
+
+def test_data_check_folder(miniature, bvh_folder, tmp_path):
+    assert data_command("check", tmp_path / "none").returncode == 2
+    empty = data_command("check", tmp_path)
+    assert empty.returncode == 0 and empty.stdout.count("not here") == 5 and "vision.imar.ro" in empty.stdout
+    write_objects(tmp_path / "data_3d_h36m.npz", positions_3d=miniature)
+    write_objects(tmp_path / "data_2d_h36m_cpn.npz", positions_2d=views_of(miniature))
+    data.convert_bvh(bvh_folder, tmp_path, "mocap", "old")
+    lines, unusable = data.check_folder(tmp_path)
+    text = "\n".join(lines)
+    assert unusable == 0 and "Human3.6M, 2D cpn" in text and "Human3.6M, 2D gt" in text and "HumanEva-I: not here" in text
+    assert "train: 40 sequences, 320 frames; files in Human3.6M layout (not Human3.6M: 320 frames)" in text and "8 BVH clips" in text
+    (tmp_path / "data_2d_h36m_cpn.npz").write_bytes(b"PK")
+    damaged = data_command("check", tmp_path)
+    assert damaged.returncode == 2 and "train: cannot be used" in damaged.stdout and damaged.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# eval.py
+
+
+# ---- eval: metrics
+
+def _ev_golden_pair():
+    """Four poses of five joints and their targets, by formula; figures below from explicit loops in NumPy."""
+    i = np.arange(4 * 5 * 3)
+    target = np.sin(0.37 * i).reshape(4, 5, 3)
+    prediction = target + 0.11 * np.sin(1.3 * i + 0.5).reshape(4, 5, 3)
+    prediction[3, :, 0] *= -1                                                   # a mirrored pose: no rotation mends it
+    return prediction, target
+
+
+def _ev_loop_p_mpjpe(prediction, target):
+    """P-MPJPE by Horn's quaternions (1987), which know no reflection: another road to the same optimum."""
+    errors = []
+    for p, t in zip(prediction, target):
+        p0, t0 = p - p.mean(0), t - t.mean(0)
+        M = p0.T @ t0
+        (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = M
+        N = np.array([[xx + yy + zz, yz - zy, zx - xz, xy - yx], [yz - zy, xx - yy - zz, xy + yx, zx + xz],
+                      [zx - xz, xy + yx, yy - xx - zz, yz + zy], [xy - yx, zx + xz, yz + zy, zz - xx - yy]])
+        w, x, y, z = np.linalg.eigh(N)[1][:, -1]
+        R = np.array([[w*w + x*x - y*y - z*z, 2*(x*y - w*z), 2*(x*z + w*y)],
+                      [2*(x*y + w*z), w*w - x*x + y*y - z*z, 2*(y*z - w*x)],
+                      [2*(x*z - w*y), 2*(y*z + w*x), w*w - x*x - y*y + z*z]])
+        rotated = p0 @ R.T
+        scale = (rotated * t0).sum() / (p0 ** 2).sum()
+        errors += [np.linalg.norm(scale * a - b) for a, b in zip(rotated, t0)]
+    return 1000 * np.mean(errors)
+
+
+def _ev_random_pair(seed, frames=3, joints=6):
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randn(frames, joints, 3, generator=generator, dtype=torch.float64)
+    return target + 0.3 * torch.randn(frames, joints, 3, generator=generator, dtype=torch.float64), target, generator
+
+
+def _ev_rotation(generator):
+    q, r = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))
+    q = q * r.diagonal().sign()
+    return q * torch.tensor([1.0, 1.0, torch.linalg.det(q).sign().item()], dtype=torch.float64)
+
+
+def test_eval_metrics_against_explicit_loops():
+    p, t = _ev_golden_pair()
+    joint = [np.sqrt(sum((p[f, j, c] - t[f, j, c]) ** 2 for c in range(3))) for f in range(4) for j in range(5)]
+    scaled = []
+    for f in range(4):
+        s = sum((p[f] * t[f]).flatten()) / sum((p[f] * p[f]).flatten())
+        scaled += [np.linalg.norm(s * p[f, j] - t[f, j]) for j in range(5)]
+    speed = [np.linalg.norm((p[f + 1, j] - p[f, j]) - (t[f + 1, j] - t[f, j])) for f in range(3) for j in range(5)]
+    tp, tt = torch.tensor(p), torch.tensor(t)
+    assert evaluation.mpjpe(tp, tt) == pytest.approx(1000 * np.mean(joint), abs=1e-9)
+    assert evaluation.n_mpjpe(tp, tt) == pytest.approx(1000 * np.mean(scaled), abs=1e-9)
+    assert evaluation.mpjve(tp, tt) == pytest.approx(1000 * np.mean(speed), abs=1e-9)
+    assert evaluation.p_mpjpe(tp, tt) == pytest.approx(_ev_loop_p_mpjpe(p, t), abs=1e-6)
+    assert evaluation.pck(tp, tt) == pytest.approx(100 * np.mean([e < 0.15 for e in joint]))
+    assert evaluation.auc(tp, tt) == pytest.approx(100 * np.mean([[1000 * e < k for e in joint] for k in range(0, 151, 5)]))
+
+
+EV_GOLDEN = {"mpjpe": 442.9327, "p_mpjpe": 131.9719, "n_mpjpe": 391.6575, "mpjve": 507.3372,
+             "pck": 80.0, "auc": 10.6452}
+
+
+def test_eval_metrics_golden():
+    p, t = map(torch.tensor, _ev_golden_pair())
+    for name, value in EV_GOLDEN.items():
+        assert getattr(evaluation, name)(p, t) == pytest.approx(value, abs=1e-3), name
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10 ** 6), st.floats(0.1, 10))
+def test_eval_p_mpjpe_ignores_similarities_but_not_reflections(seed, scale):
+    p, t, generator = _ev_random_pair(seed)
+    R, shift = _ev_rotation(generator), torch.randn(3, 1, 3, generator=generator, dtype=torch.float64)
+    assert evaluation.p_mpjpe(scale * p @ R + shift, t) == pytest.approx(evaluation.p_mpjpe(p, t), rel=1e-8)
+    assert evaluation.p_mpjpe(scale * t @ R + shift, t) == pytest.approx(0, abs=1e-9)
+    assert evaluation.p_mpjpe(t * torch.tensor([-1.0, 1.0, 1.0]), t) > 1               # six joints in general position
+    assert evaluation.p_mpjpe(p.float(), t.float()) == pytest.approx(_ev_loop_p_mpjpe(p.numpy(), t.numpy()), rel=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10 ** 6), st.floats(0.1, 10), st.floats(-2, 2))
+def test_eval_mpjpe_moves_with_translation_n_mpjpe_ignores_scale(seed, scale, shift):
+    p, t, _ = _ev_random_pair(seed)
+    assert evaluation.mpjpe(t + torch.tensor([0.0, shift, 0.0]), t) == pytest.approx(1000 * abs(shift), abs=1e-4)
+    assert evaluation.n_mpjpe(scale * p, t) == pytest.approx(evaluation.n_mpjpe(p, t), rel=1e-8)
+    assert evaluation.p_mpjpe(p, t) <= evaluation.mpjpe(p, t) * math.sqrt(p.shape[1]) + 1e-9
+    velocity = torch.tensor([0.01, 0.0, -0.02]) * torch.arange(4)[:, None, None]
+    line = t[:1] + velocity                                                     # uniform motion: the difference is v
+    assert evaluation.mpjve(line, t[:1].expand(4, -1, -1)) == pytest.approx(1000 * math.sqrt(5e-4), rel=1e-5)
+    assert evaluation.mpjve(line + shift, line) == pytest.approx(0, abs=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=8))
+def test_eval_pck_and_auc_closed_forms(millimetres):
+    target = torch.zeros(1, len(millimetres), 3, dtype=torch.float64)
+    prediction = target.clone()
+    prediction[0, :, 1] = torch.tensor(millimetres, dtype=torch.float64) / 1000 - 1e-9 * (torch.tensor(millimetres) > 0)
+    # an error of m mm (a hair less) counts at the thresholds max(5 ceil(m / 5), 5) ... 150
+    counted = [sum(1 for k in range(0, 151, 5) if k >= m and k > 0) for m in millimetres]
+    assert evaluation.auc(prediction, target) == pytest.approx(100 * np.mean(counted) / 31)
+    assert evaluation.pck(prediction, target) == pytest.approx(100 * np.mean([m <= 150 for m in millimetres]))
+    exactly = torch.tensor([[[0.25, 0.0, 0.0]]], dtype=torch.float64)          # strictly below: 250 mm is not below 250
+    assert evaluation.pck(exactly, exactly * 0, threshold=250.0) == 0 and evaluation.pck(exactly, exactly * 0, threshold=250.1) == 100
+
+
+def test_eval_alignment_of_degenerate_poses():
+    generator = torch.Generator().manual_seed(0)
+    t = torch.randn(5, 7, 3, generator=generator, dtype=torch.float64)
+    spread = 1000 * (t - t.mean(1, keepdim=True)).norm(dim=-1).mean().item()
+    for point in (0.0, 1 / 3, 1e6):                                              # every joint in one place
+        assert evaluation.p_mpjpe(torch.full_like(t, point), t) == pytest.approx(spread, rel=1e-9)
+    line = torch.arange(7.0, dtype=torch.float64)[:, None] * torch.tensor([1.0, 2.0, 3.0]) * torch.ones(5, 1, 1)
+    assert evaluation.p_mpjpe(-2 * line, line) == pytest.approx(0, abs=1e-6)            # collinear: a rotation turns it round
+    assert evaluation.p_mpjpe(t[:, :1], t[:, 1:2]) == pytest.approx(0, abs=1e-9)        # one joint
+    assert evaluation.p_mpjpe(t, t * 0) == pytest.approx(0, abs=1e-9) and evaluation.n_mpjpe(t * 0, t) == evaluation.mpjpe(t * 0, t)
+
+
+@pytest.mark.parametrize("name", ["mpjpe", "p_mpjpe", "n_mpjpe", "mpjve", "pck", "auc"])
+def test_eval_metrics_refuse_bad_poses(name):
+    metric, good = getattr(evaluation, name), torch.ones(3, 4, 3)
+    for bad, found in ((good[0], r"\(4, 3\)"), (good[..., :2], r"\(3, 4, 2\)"), (good[:0], r"\(0, 4, 3\)"),
+                       (good.numpy()[0], "prediction"), (None, "NoneType")):
+        with pytest.raises(data.InputError, match=found):
+            metric(bad, good)
+    with pytest.raises(data.InputError, match="differ"):
+        metric(good, good[:, :2])
+    for value in (float("nan"), float("inf")):
+        bad = good.clone()
+        bad[1, 2, 0] = value
+        with pytest.raises(data.InputError, match="target.*frame 1"):
+            metric(good, bad)
+
+
+# ---- eval: a small store
+
+def _ev_sequence(subject, action, frames, seed, joints=17, valid=None):
+    generator = np.random.default_rng(seed)
+    pose_3d = generator.normal(size=(frames, joints, 3)).astype(np.float32)
+    pose_2d = generator.uniform(0, 1000, (frames, joints, 2)).astype(np.float32)
+    return data.Sequence(subject=subject, action=action, camera="0", pose_2d=pose_2d, pose_3d=pose_3d,
+                         root=np.tile(np.float32([0, 0, 4]), (frames, 1)),
+                         intrinsics=np.float32([1000, 1000, 500, 500, 0, 0, 0, 0, 0]), size=(1000, 1000), fps=50.0,
+                         valid=valid)
+
+
+def _ev_store(names, skeleton="h36m17", target="camera"):
+    joints = len(data.SKELETONS[skeleton].joints)
+    sequences = [_ev_sequence(*name[:3], seed, joints, *name[3:]) for seed, name in enumerate(names)]
+    return data.FrameStore(sequences, "release-500", data.SKELETONS[skeleton], target=target)
+
+
+EV_NAMES = (("S9", "Walking 1", 5), ("S9", "Walking", 2), ("S11", "Walking", 3), ("S11", "Photo 1", 4),
+            ("S9", "Posing", 1))
+
+
+def _ev_recipe(method="gridconv", **fields):
+    return SimpleNamespace(**{**dict(
+        name="tiny", row="", data="h36m", keypoints="gt", skeleton="h36m17", skip="", normalise="release-500",
+        target="camera", flip_test=False, method=method, dropout=0.1, layout="released", layout_seed=0, grid=(5, 5),
+        hidden=4, blocks=1,
+        kernel_sizes=(3, (3, 3), 3), padding=("circular", "replicate"), attention="grid", temperature=30.0,
+        filter_widths=(3,), channels=4, reconstruct=False, reconstruct_blocks=1, unshared_weight=0.0, causal=False,
+        adaptive=True, temporal="stride", head="individual"), **fields})
+
+
+# ---- eval: scores
+
+def test_eval_score_averages_over_actions_like_a_plain_loop():
+    store = _ev_store(EV_NAMES)
+    prediction = store.pose_3d + 0.2 * torch.randn(store.pose_3d.shape, generator=torch.Generator().manual_seed(1))
+    result, rows, at = evaluation.score(prediction, store), {}, 0
+    for subject, action, frames in EV_NAMES:
+        p, t = prediction[at:at + frames].double(), store.pose_3d[at:at + frames].double()
+        at += frames
+        for f in range(frames):
+            rows.setdefault((action.split(" ")[0], subject), []).append([
+                metric(p[f:f + 1], t[f:f + 1]) for metric in (evaluation.mpjpe, evaluation.p_mpjpe, evaluation.n_mpjpe)])
+    for which, part in (("actions", 0), ("subjects", 1)):
+        means = {}
+        for key, values in rows.items():
+            means.setdefault(key[part], []).extend(values)
+        assert set(result[which]) == set(means)
+        for name, values in means.items():
+            assert result[which][name]["frames"] == len(values)
+            for metric, value in zip(("mpjpe", "p_mpjpe", "n_mpjpe"), np.mean(values, 0)):
+                assert result[which][name][metric] == pytest.approx(value, rel=1e-9)
+        if which == "actions":
+            assert result["mpjpe"] == pytest.approx(np.mean([np.mean(v, 0)[0] for v in means.values()]), rel=1e-9)
+            assert result["p_mpjpe"] == pytest.approx(np.mean([np.mean(v, 0)[1] for v in means.values()]), rel=1e-9)
+    assert result["frames"] == 15 and result["pooled"]["mpjpe"] == pytest.approx(evaluation.mpjpe(prediction, store.pose_3d))
+    p, t = prediction.double(), store.pose_3d.double()
+    walking = [(evaluation.mpjve(p[a:b], t[a:b]), b - a - 1) for a, b in ((0, 5), (5, 7), (7, 10))]
+    walking = sum(v * n for v, n in walking) / 7
+    assert result["actions"]["Walking"]["mpjve"] == pytest.approx(walking)
+    assert result["actions"]["Posing"]["mpjve"] is None                         # one frame has no velocity
+    assert result["mpjve"] == pytest.approx((walking + evaluation.mpjve(p[10:14], t[10:14])) / 2)
+    assert result["cells"]["Walking"]["S11"]["mpjpe"] == pytest.approx(evaluation.mpjpe(p[7:10], t[7:10]))
+    json.dumps(result)
+    with pytest.raises(data.InputError, match="15"):
+        evaluation.score(prediction[:3], store)
+
+
+@pytest.mark.parametrize("skeleton, left_out", [("3dhp17", (14, 15, 16)), ("h36m17", (0, 7, 9))])
+def test_eval_score_3dhp_by_sequence_scene_and_joints(skeleton, left_out):
+    names = (("TS1", "TS1", 4, np.array([1, 0, 1, 1], bool)), ("TS2", "TS2", 2, np.array([0, 0], bool)),
+             ("TS3", "TS3", 3, np.array([1, 1, 0], bool)), ("TS6", "TS6", 2, np.array([0, 1], bool)))
+    store = _ev_store(names, skeleton)
+    prediction = store.pose_3d + 0.1 * torch.randn(store.pose_3d.shape, generator=torch.Generator().manual_seed(2))
+    result = evaluation.score(prediction, store)
+    prediction[:, store.skeleton.root] = 0
+    groups, at = {}, 0
+    for name, _, frames, valid in names:
+        for f in range(frames):
+            if valid[f]:
+                for group in (name, {"1": "studio, green screen", "3": "studio", "6": "outdoor"}[name[2]], "all"):
+                    groups.setdefault(group, []).append(at + f)
+        at += frames
+    benchmark = [j for j in range(17) if j not in left_out]
+    for name, index in groups.items():
+        got = {**result["sequences"], **result["scenes"], "all": result["all"]}[name]
+        p, t = prediction[index].double(), store.pose_3d[index].double()
+        assert got["frames"] == len(index)
+        for ending, joints in (("", list(range(17))), ("_14", benchmark)):
+            for metric in ("mpjpe", "pck", "auc"):
+                assert got[metric + ending] == pytest.approx(getattr(evaluation, metric)(p[:, joints], t[:, joints]), rel=1e-9)
+    assert result["sequences"]["TS2"]["frames"] == 0 and result["sequences"]["TS2"]["mpjpe"] is None
+    moving = ((2, 3), (6, 7))                                                   # pairs of valid neighbours
+    p, t = prediction.double(), store.pose_3d.double()
+    assert result["pooled"]["mpjve"] == pytest.approx(np.mean([evaluation.mpjve(p[list(i)], t[list(i)]) for i in moving]))
+    assert "PCK" in evaluation.report(result, "MPI-INF-3DHP", _ev_recipe(data="3dhp", skeleton=skeleton))
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 10 ** 6), st.sampled_from([3, 64, 65536]))
+def test_eval_yardsticks_are_numpys(seed, chunk):
+    generator = np.random.default_rng(seed)
+    mix = generator.normal(size=(34, 51))
+
+    def store(frames):
+        s = _ev_sequence("S1", "A", frames, generator.integers(10 ** 9))
+        s.pose_2d[:, 3] = s.pose_2d[:, 2]                                       # coinciding joints: a singular system
+        linear = ((s.pose_2d.reshape(frames, -1) / 500 - 1) @ mix).reshape(frames, 17, 3)
+        s.pose_3d[:] = 0.1 * linear + 0.1 * s.pose_3d + 1
+        return data.FrameStore([s], "release-500", data.SKELETONS["h36m17"])
+
+    train, test = store(120), store(30)
+    x, y, xt, yt = (a.double().numpy().reshape(len(a), -1) for s in (train, test) for a in (s.input, s.pose_3d))
+    solution = np.linalg.lstsq(np.c_[x, np.ones(len(x))], y, rcond=1e-10)[0]
+    error = lambda guess: 1000 * np.linalg.norm((guess - yt).reshape(len(yt), 17, 3), axis=-1).mean()
+    got = evaluation.yardsticks(train, test, chunk=chunk)
+    assert got["mean_pose"] == pytest.approx(error(y.mean(0)), rel=1e-9)
+    assert got["affine"] == pytest.approx(error(np.c_[xt, np.ones(len(xt))] @ solution), rel=1e-6)
+    assert got["affine"] < got["mean_pose"]
+
+
+# ---- eval: predictions
+
+class _EvStub(torch.nn.Module):
+    """Puts out numbers that show which window it saw, and is not symmetric under flips."""
+
+    def __init__(self, frames, causal=False):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        self.receptive_field, self.causal, self.drop = frames, causal, torch.nn.Dropout(0.5)
+
+    def forward(self, pose):
+        if self.receptive_field > 1:
+            assert pose.shape[1] == self.receptive_field
+            pose = (pose * torch.arange(1, pose.shape[1] + 1)[:, None, None]).sum(1)
+        pose = self.drop(pose)
+        return torch.cat([pose * self.weight + 0.1, pose[..., :1] * pose[..., 1:] + torch.arange(17)[:, None]], -1)
+
+
+@pytest.mark.parametrize("frames, causal", [(1, False), (3, False), (5, True)])
+@pytest.mark.parametrize("target", ["camera", "uvd"])
+def test_eval_predict_with_flips_is_the_explicit_average(frames, causal, target):
+    store, model, skeleton = _ev_store(EV_NAMES, target=target), _EvStub(frames, causal), data.SKELETONS["h36m17"]
+    model.train()
+    model.drop.eval()
+    index = torch.tensor([0, 4, 5, 11, 14, 2])
+    got = evaluation.predict(model, store, index, flip=True, batch=4)
+    plain = evaluation.predict(model, store, index)
+    assert model.training and not model.drop.training                           # left as they were
+    order = list(range(17))
+    for a, b in zip(skeleton.left, skeleton.right):
+        order[a], order[b] = b, a
+    for k, i in enumerate(index.tolist()):
+        offset = [j - (frames - 1 if causal else frames // 2) for j in range(frames)]
+        window = store.input[[min(max(i + o, int(store.first[i])), int(store.last[i])) for o in offset]]
+
+        def network(window):
+            pose = sum((n + 1) * w for n, w in enumerate(window))
+            x, y = pose[:, 0], pose[:, 1]
+            return torch.stack([x + 0.1, 2 * y + 0.1, x * y + torch.arange(17)], -1)
+
+        mirrored = network(window[:, order] * torch.tensor([-1.0, 1.0]))[order] * torch.tensor([-1.0, 1.0, 1.0])
+        both = torch.stack([network(window), (network(window) + mirrored) / 2])
+        want = store.to_camera(both, torch.tensor([i, i]))
+        torch.testing.assert_close(plain[k], want[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got[k], want[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(evaluation.predict(model, store, batch=2)[index], plain)
+    assert evaluation.evaluate(model, store)["mpjpe"] == pytest.approx(evaluation.score(evaluation.predict(model, store), store)["mpjpe"])
+
+
+# ---- eval: models from recipes and checkpoints
+
+def _ev_save(model, path, **more):
+    recipe = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(model.recipe).items()}
+    torch.save({"format": "poselift", "version": 1, "recipe": recipe, "model": model.state_dict(), "epoch": 3,
+                "data": "synthetic motion", **more}, path)
+
+
+def _ev_shake(model, seed=0):
+    """Random weights and running statistics, so that no two parts can be mistaken for each other."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
+        if value.is_floating_point() and ("weight" in name or "bias" in name or "running" in name or "s_prob" in name):
+            value.data += 0.1 * torch.rand(value.shape, generator=generator)
+    return model.eval()
+
+
+EV_GRIDS = [dict(layout=name) for name in ("handcrafted", "released", "random", "row", "column", "global", "autogrids",
+                                           "autogrids-random")] + [
+    dict(layout="random", grid=(7, 3), attention="", padding=("zeros",)),
+    dict(layout="autogrids", grid=(3, 6), attention="channel")]
+
+
+@pytest.mark.parametrize("fields", EV_GRIDS, ids=str)
+def test_eval_gridconv_checkpoint_round_trip(fields, tmp_path):
+    torch.manual_seed(0)
+    model = _ev_shake(evaluation.build_model(_ev_recipe(layout_seed=3, temperature=7.0, **fields)))
+    assert model.recipe.hidden == 4 and (model.temperature == 7.0 or not model.recipe.attention == "grid")
+    _ev_save(model, tmp_path / "m.pt")
+    again = evaluation.load_model(tmp_path / "m.pt")
+    x = torch.randn(2, 17, 2)
+    assert torch.equal(again(x), model(x)) and not again.training
+    assert again.recipe.padding == model.recipe.padding and again.recipe.kernel_sizes == (3, (3, 3), 3)
+    assert again.epoch == 3 and again.trained_on == "synthetic motion"
+    text = evaluation.inspect(again)
+    assert ("dropped joints" in text) == fields["layout"].startswith("autogrids")
+
+
+def test_eval_layouts_of_recipes():
+    S = lambda layout, **more: evaluation.build_model(_ev_recipe(layout=layout, **more)).assignment()
+    same = lambda a, b: torch.equal(a, gridconv.assignment_matrix(b, 17))
+    assert same(S("handcrafted"), gridconv.HANDCRAFTED_5X5) and same(S("released"), gridconv.RELEASED_5X5)
+    assert same(S("random", layout_seed=5), gridconv.random_layout(17, (5, 5), 5))
+    for how in ("row", "column", "global"):
+        assert same(S(how, layout_seed=2), gridconv.shuffle_layout(gridconv.HANDCRAFTED_5X5, how, 2))
+    starts = [evaluation.build_model(_ev_recipe(layout="autogrids-random", layout_seed=seed)).autogrids.s_prob for seed in (4, 4, 5)]
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])  # the seed alone decides
+    assert 0 <= starts[0].min() and starts[0].max() < 1
+    for bad, said in ((dict(layout="spiral"), "spiral"), (dict(grid=(4, 5)), "4 x 5"),
+                      (dict(skeleton="robot"), "robot"), (dict(method="linear"), "linear"),
+                      (dict(padding=("mirror",)), "mirror")):
+        with pytest.raises(ValueError, match=said):
+            evaluation.build_model(_ev_recipe(**bad))
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(skeleton="humaneva15", filter_widths=(3, 3)), dict(
+    skeleton="3dhp17", reconstruct=True, unshared_weight=0.5), dict(causal=True, adaptive=False)], ids=str)
+def test_eval_glagcn_checkpoint_round_trip(fields, tmp_path):
+    model = _ev_shake(evaluation.build_model(_ev_recipe("glagcn", **fields)))
+    _ev_save(model, tmp_path / "m.pt")
+    again, joints = evaluation.load_model(tmp_path / "m.pt"), len(data.SKELETONS[model.recipe.skeleton].joints)
+    x = torch.randn(2, model.receptive_field, joints, 2)
+    assert torch.equal(again(x), model(x)) and again.causal == bool(fields.get("causal"))
+    assert "glagcn" in evaluation.inspect(again)
+
+
+def test_eval_load_model_refuses_what_is_no_checkpoint(tmp_path):
+    path, model = tmp_path / "m.pt", evaluation.build_model(_ev_recipe())
+    _ev_save(model, path)
+    whole = path.read_bytes()
+
+    def refused(match, **overrides):
+        with pytest.raises(data.InputError, match=match) as caught:
+            evaluation.load_model(path, **overrides)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+    refused("no colour", colour="red")
+    refused("do not fit", hidden=8)
+    for part in (whole[:len(whole) // 2], whole[:100], b"", b"not a checkpoint at all"):
+        path.write_bytes(part)
+        refused("m.pt")
+    for content in ({"weights": {}}, [1, 2], {"state_dict": 3}, {"state_dict": {"a": 1}}, {"model_pos": None}):
+        torch.save(content, path)
+        refused("no checkpoint")
+    torch.save({"state_dict": {"conv.weight": torch.ones(2)}}, path)
+    refused("w1", padding=("circular",))
+    torch.save({"model_pos": {"module.fc.weight": torch.ones(2)}}, path)
+    refused("expand_gcn")
+    _ev_save(model, path, version=2)
+    refused("version 2")
+    _ev_save(model, path, recipe={"method": "gridconv"})
+    refused("skeleton")
+    torch.save({**torch.load(path), "model": {}}, path)
+    refused("m.pt")
+    path.unlink()
+    refused("m.pt")
+
+
+# ---- eval: the releases' checkpoint files, with random weights
+
+class EvUnknownOptimizer:
+    """What a release's file holds beside its weights: an object of a class that the reader need not know."""
+
+    def __init__(self):
+        self.param_groups, self.state = [{"lr": 1e-3, "params": [torch.ones(2)]}], {}
+
+    def __reduce__(self):
+        return _ev_never, (), self.__dict__
+
+
+def _ev_never():
+    raise AssertionError("reading a checkpoint ran code from it")
+
+
+def _ev_released_gridconv(kind, hidden=4, blocks=1, grid=(5, 5)):
+    """State dicts of the shapes that the release saves, filled with random numbers."""
+    generator, state, (H, P) = torch.Generator().manual_seed(len(kind)), {}, grid
+    fill = lambda key, *shape: state.__setitem__(key, torch.rand(*shape, generator=generator) - 0.4)
+
+    def norm(name, channels):
+        for part in ("weight", "bias", "running_mean"):
+            fill(f"{name}.{part}", channels)
+        state[f"{name}.running_var"] = torch.rand(channels, generator=generator) + 0.5
+        state[f"{name}.num_batches_tracked"] = torch.tensor(7)
+
+    def conv(name, c_in, c_out, bias=True):
+        for branch in ("donut_conv.", "tablet_conv.") if kind == "vanilla" else ("branch1_", "branch2_"):
+            fill(f"{name}.{branch}weight", c_out, c_in, 3, 3)
+            if bias:
+                fill(f"{name}.{branch}bias", c_out)
+
+    def attention(name, c_in):
+        if kind != "vanilla":
+            width = max(c_in // 16, 16)
+            fill(f"{name}.fc.weight", width, c_in, 1, 1)
+            norm(f"{name}.bn", width)
+            fill(f"{name}.position_fc.weight", 9 * H * P, width, 1, 1)
+            fill(f"{name}.position_fc.bias", 9 * H * P)
+
+    conv("w1", 2, hidden)
+    norm("batch_norm1", hidden)
+    attention("atten_conv1", 2)
+    for i in range(blocks):
+        for k in (1, 2):
+            conv(f"linear_stages.{i}.w{k}", hidden, hidden)
+            norm(f"linear_stages.{i}.batch_norm{k}", hidden)
+            attention(f"linear_stages.{i}.atten_conv{k}", hidden)
+    conv("w2", hidden, 3, bias=False)
+    attention("atten_conv2", hidden)
+    if kind == "autogrids":
+        prior = torch.tensor([7] * 5 + [0, 8, 8, 8, 0] + [4, 11, 9, 14, 1] + [5, 12, 9, 15, 2] + [6, 13, 10, 16, 3])
+        state["sgt_layer.sgt_trans_mat"] = torch.nn.functional.one_hot(prior, 17).float()[None]
+    return state
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "vanilla", "autogrids"])
+def test_eval_reads_gridconvs_released_files(kind, tmp_path):
+    state, path = _ev_released_gridconv(kind, blocks=2), tmp_path / "best.pth.tar"
+    torch.save({"epoch": 99, "lr": 1e-4, "error": 37.1, "state_dict": state, "optimizer": EvUnknownOptimizer()}, path,
+               _use_new_zipfile_serialization=False, pickle_protocol=2)
+    with pytest.raises(data.InputError, match="--padding"):
+        evaluation.load_model(path)
+    with pytest.raises(data.InputError, match="no filter_widths"):
+        evaluation.load_model(path, filter_widths=(3,))
+    model, x = evaluation.load_model(path, padding=["circular", "zeros"], keypoints="hrnet"), torch.randn(3, 17, 2)
+    want = gridconv.from_released(state, ("circular", "zeros")).eval()
+    assert torch.equal(model(x), want(x)) and not torch.equal(model(x), model(x * 2))
+    other = evaluation.load_model(path, padding=("circular", "replicate"))
+    assert not torch.allclose(other(x), want(x), rtol=1e-3)
+    recipe = model.recipe
+    assert (recipe.normalise, recipe.temperature) == ("release-500", 30.0)
+    assert (recipe.keypoints, recipe.skip) == ("hrnet", "gridconv")
+    assert recipe.attention == ("" if kind == "vanilla" else "grid") and (recipe.hidden, recipe.blocks) == (4, 2)
+    assert recipe.layout == ("autogrids" if kind == "autogrids" else "released") and model.epoch == 99
+    assert ("cells changed from the start: not known" in evaluation.inspect(model)) == (kind == "autogrids")
+
+
+def test_eval_released_gridconv_on_another_grid(tmp_path):
+    state, path = _ev_released_gridconv("dynamic", grid=(7, 3)), tmp_path / "m.pth.tar"
+    torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=False, pickle_protocol=2)
+    with pytest.raises(data.InputError, match="--grid"):
+        evaluation.load_model(path, padding=("circular", "zeros"))
+    with pytest.raises(data.InputError, match="21 cells"):
+        evaluation.load_model(path, padding=("circular", "zeros"), grid=(5, 5))
+    model, grid = evaluation.load_model(path, padding=("circular", "zeros"), grid=(7, 3)), torch.randn(2, 2, 7, 3)
+    want = gridconv.from_released(state, ("circular", "zeros"), (7, 3)).eval()
+    assert torch.equal(model.forward_grid(grid), want.forward_grid(grid))
+
+
+def _ev_released_glagcn(joints, modules, channels=8):
+    generator, state = torch.Generator().manual_seed(joints), {}
+    fill = lambda key, *shape: state.__setitem__("module." + key, 0.5 * torch.rand(*shape, generator=generator) - 0.2)
+
+    def norm(name, n):
+        for part in ("weight", "bias", "running_mean"):
+            fill(f"{name}.{part}", n)
+        state[f"module.{name}.running_var"] = torch.rand(n, generator=generator) + 0.5
+        state[f"module.{name}.num_batches_tracked"] = torch.tensor(5)
+
+    def conv(name, c_in, c_out, time=1):
+        fill(f"{name}.weight", c_out, c_in, time, 1)
+        fill(f"{name}.bias", c_out)
+
+    norm("data_bn", joints * 2)
+    for name, c_in in [("expand_gcn", 2)] + [(f"layers_tcngcn.{i}", channels) for i in range(2 * modules)]:
+        fill(f"{name}.gcn1.PA", 3, joints, joints)
+        for k in range(3):
+            conv(f"{name}.gcn1.conv_a.{k}", c_in, channels // 4)
+            conv(f"{name}.gcn1.conv_b.{k}", c_in, channels // 4)
+            conv(f"{name}.gcn1.conv_d.{k}", c_in, channels)
+        if c_in != channels:
+            conv(f"{name}.gcn1.down.0", c_in, channels)
+            norm(f"{name}.gcn1.down.1", channels)
+            conv(f"{name}.residual.conv", c_in, channels)
+            norm(f"{name}.residual.bn", channels)
+        norm(f"{name}.gcn1.bn", channels)
+        conv(f"{name}.tcn1.conv", channels, channels, 9)
+        norm(f"{name}.tcn1.bn", channels)
+    fill("fc.weight", 3, channels, 1)
+    fill("fc.bias", 3)
+    return state
+
+
+@pytest.mark.parametrize("joints, skeleton", [(17, "h36m17"), (17, "3dhp17"), (15, None)])
+def test_eval_reads_glagcns_released_files(joints, skeleton, tmp_path):
+    state, path = _ev_released_glagcn(joints, 2), tmp_path / "best_epoch.bin"
+    torch.save({"epoch": 60, "lr": 1e-3, "random_state": np.random.RandomState(0), "optimizer": {"state": {}},
+                "model_pos": state}, path)
+    with pytest.raises(data.InputError, match="--filter-widths 3,3.*--skeleton" if joints == 17 else "--filter-widths"):
+        evaluation.load_model(path)
+    if joints == 17:
+        with pytest.raises(data.InputError, match="--skeleton"):
+            evaluation.load_model(path, filter_widths=(3, 3))
+    with pytest.raises(data.InputError, match="2 strided modules"):
+        evaluation.load_model(path, filter_widths=(3, 3, 3), skeleton=skeleton)
+    with pytest.raises(data.InputError, match=f"{joints} joints"):
+        evaluation.load_model(path, filter_widths=(3, 3), skeleton="humaneva15" if joints == 17 else "h36m17")
+    edges = {"h36m17": glagcn.H36M_EDGES, "3dhp17": glagcn.MPI3DHP_EDGES, None: glagcn.HUMANEVA15_EDGES}[skeleton]
+    bare = {key[len("module."):]: value for key, value in state.items()}
+    want = glagcn.from_released(bare, filter_widths=(3, 3), edges=edges).eval()
+    model, x = evaluation.load_model(path, filter_widths=[3, 3], skeleton=skeleton), torch.randn(2, 9, joints, 2)
+    assert torch.equal(model(x), want(x)) and model.receptive_field == 9
+    assert (model.recipe.normalise, model.recipe.channels) == ("width", 8)
+    assert model.recipe.data == {"h36m17": "h36m", "3dhp17": "3dhp", None: "humaneva"}[skeleton]
+
+
+# ---- eval: tables and the command line
+
+def _ev_result(actions, value=50.0):
+    row = dict(frames=10, mpjpe=value, p_mpjpe=value - 10, n_mpjpe=value - 1, mpjve=None)
+    return {**evaluation.average([row] * len(actions)), "actions": {a: dict(row) for a in actions},
+            "subjects": {"S9": dict(row)}, "cells": {a: {"S9": dict(row)} for a in actions}, "pooled": dict(row)}
+
+
+def test_eval_report_quotes_the_paper_only_for_human36m():
+    recipe = _ev_recipe(layout="autogrids", keypoints="hrnet")
+    result = _ev_result(evaluation.ACTIONS)
+    genuine, other = evaluation.report(result, "Human3.6M", recipe), evaluation.report(result, "synthetic motion", recipe)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in genuine.split("\n") if "|" in line]
+    rows = {row[0]: row[1:] for row in cells}
+    assert rows["action"] == ["frames", "MPJPE", "paper", "P-MPJPE", "paper", "N-MPJPE", "MPJVE"]
+    assert rows["SittingDown"] == ["10", "50.00", "63.90", "40.00", "52.50", "49.00", "-"]
+    assert rows["average"] == ["150", "50.00", "47.60", "40.00", "37.40", "49.00", "-"]
+    assert "not Human3.6M" not in genuine and "not Human3.6M" in other
+    assert "paper |" not in other and not any(figure in other for figure in ("47.60", "63.90", "37.40"))
+    plain = evaluation.report(result, "Human3.6M", _ev_recipe(keypoints="hrnet"))       # handcrafted: no per-action row printed
+    assert "paper |" not in plain and "not Human3.6M" not in plain
+    assert "173.31" in evaluation.report(result, "mocap", recipe, {"mean_pose": 173.31, "affine": 69.9})
+
+
+def test_eval_report_of_humaneva_by_action_and_subject():
+    store = _ev_store((("Validate/S1", "Walking 1 chunk0", 3), ("Validate/S2", "Walking 1 chunk0", 2),
+                       ("Validate/S1", "Walking 1 chunk3", 4), ("Validate/S2", "Jog 1 chunk0", 2)), "humaneva15")
+    prediction = store.pose_3d + 0.1 * torch.randn(store.pose_3d.shape, generator=torch.Generator().manual_seed(3))
+    text = evaluation.report(evaluation.score(prediction, store), "HumanEva-I", _ev_recipe(data="humaneva", skeleton="humaneva15"))
+    p, t = prediction.double(), store.pose_3d.double()
+    walking = [evaluation.p_mpjpe(p[i], t[i]) for i in ([0, 1, 2, 5, 6, 7, 8], [3, 4])]   # both chunks of S1
+    lines = [" ".join(line.replace("|", " ").split()) for line in text.split("\n")]
+    assert "action Validate/S1 Validate/S2" in lines and f"Walking {walking[0]:.2f} {walking[1]:.2f}" in lines
+    assert f"Jog - {evaluation.p_mpjpe(p[9:], t[9:]):.2f}" in lines
+
+
+def test_eval_printed_rows_average_to_their_printed_average():
+    for row in evaluation.PAPER.values():
+        for metric in ("mpjpe", "p_mpjpe"):
+            assert len(row[metric]) == 16 and np.mean(row[metric][:15]) == pytest.approx(row[metric][15], abs=0.1)
+    pick = lambda *args, **fields: (evaluation.paper_row(_ev_recipe(*args, **fields)) or {"mpjpe": [None]})["mpjpe"][-1]
+    assert pick("gridconv", keypoints="hrnet", layout="autogrids", target="uvd") == 46.3
+    assert pick("glagcn", keypoints="cpn_ft_h36m_dbb", channels=96, filter_widths=(3,) * 5) == 44.4
+    assert pick("glagcn", channels=96, filter_widths=(3,) * 5) == 28.5
+    assert pick("glagcn", channels=512, reconstruct=True, filter_widths=(3,) * 5) == 21.0
+    assert pick("glagcn", channels=96, filter_widths=(3,) * 3) is None and pick("gridconv", layout="autogrids") is None
+
+
+def test_eval_inspect_shows_the_grid_and_its_graph():
+    text = evaluation.inspect(_ev_with_epoch(evaluation.build_model(_ev_recipe(layout="handcrafted"))))
+    assert "   1   14    9   11    4" in text and "16 of 16 skeleton links" in text
+    head = next(line for line in text.split("\n") if line.startswith("  10 "))
+    assert head.split(": ")[1].split(", ") == ["9 neck", "13 left_wrist", "16 right_wrist"]
+    model = evaluation.build_model(_ev_recipe(layout="autogrids-random", layout_seed=1))
+    with torch.no_grad():                                                       # move one cell, and drop a joint
+        s_prob = model.autogrids.s_prob
+        s_prob[s_prob.argmax(1) == 3] = 5 * torch.eye(17)[4]
+    start = evaluation.build_model(model.recipe).autogrids.s_prob.argmax(1)
+    text, cells = evaluation.inspect(_ev_with_epoch(model)), int((start == 3).sum())
+    assert "3 right_ankle" in text.split("dropped joints: ")[1].split("\n")[0] and f"the start: {cells} of 25" in text
+    assert f"4 left_hip {math.exp(5) / (math.exp(5) + 16):.3f}" in text
+
+
+def _ev_with_epoch(model):
+    model.epoch, model.trained_on = 0, ""
+    return model
+
+
+def _ev_fake_data(monkeypatch, source="synthetic motion", joints=17, train=True, names=EV_NAMES):
+    def load(recipe, folder, split):
+        if split == "train" and not train:
+            raise data.InputError(f"{folder}: no training data")
+        return [_ev_sequence(*name[:3], seed + 100 * (split == "train"), joints) for seed, name in enumerate(names)]
+
+    monkeypatch.setattr(data, "load_dataset", load)
+    monkeypatch.setattr(data, "provenance", lambda *_: source, raising=False)
+
+
+def test_eval_command_line_prints_and_writes_the_table(tmp_path, monkeypatch, capsys):
+    path, out = tmp_path / "m.pt", tmp_path / "deep" / "figures.json"
+    _ev_save(_ev_shake(evaluation.build_model(_ev_recipe(flip_test=True))), path)
+    _ev_fake_data(monkeypatch)
+    evaluation.main([str(path), "--data", "d", "--json", str(out), "--device", "cpu"])
+    text, kept = capsys.readouterr().out, json.loads(out.read_text())
+    assert "with flip averaging" in text and "not Human3.6M" in text and f"{kept['mpjpe']:.2f}" in text
+    assert f"{kept['yardsticks']['affine']:.2f} mm" in text
+    assert kept["data"] == "synthetic motion" and kept["flip"] is True
+    store = data.FrameStore(data.load_dataset(None, "", "test"), "release-500", data.SKELETONS["h36m17"])
+    assert kept["mpjpe"] == pytest.approx(evaluation.evaluate(evaluation.load_model(path), store, flip=True)["mpjpe"], rel=1e-6)
+    _ev_fake_data(monkeypatch, "Human3.6M", train=False)
+    evaluation.main([str(path), "--no-flip", "--device", "cpu", "--json", str(out)])
+    printed = capsys.readouterr()
+    assert "without flip" in printed.out and "not Human3.6M" not in printed.out and "no yardsticks" in printed.err
+    assert json.loads(out.read_text())["mpjpe"] != kept["mpjpe"]
+
+
+def test_eval_command_line_reads_a_release_and_crosses_datasets(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "best.pth.tar"
+    torch.save({"state_dict": _ev_released_gridconv("dynamic"), "optimizer": EvUnknownOptimizer()}, path,
+               _use_new_zipfile_serialization=False, pickle_protocol=2)
+    _ev_fake_data(monkeypatch, "MPI-INF-3DHP", names=(("TS1", "TS1", 3), ("TS5", "TS5", 2)))
+    evaluation.main([str(path), "--padding", "circular,zeros", "--dataset", "3dhp", "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert "PCK 14" in text and "outdoor" in text and "not Human3.6M" in text
+    with pytest.raises(data.InputError, match="h36m17.*humaneva15"):
+        evaluation.main([str(path), "--padding", "circular,zeros", "--dataset", "humaneva", "--device", "cpu"])
+    _ev_fake_data(monkeypatch, joints=16)
+    with pytest.raises(data.InputError, match="16 joints.*has 17"):
+        evaluation.main([str(path), "--padding", "circular,zeros", "--device", "cpu"])
+    evaluation.main(["inspect", str(path), "--padding", "circular,zeros"])
+    assert "8+9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, said", [
+    ((), "checkpoint"), (("inspect",), "checkpoint"), (("m.pt", "--flip", "--size"), "--size"),
+    (("m.pt", "--filter-widths", "3,x"), "numbers"), (("m.pt", "--dataset", "coco"), "coco")])
+def test_eval_command_line_errors_are_one_line(arguments, said):
+    with pytest.raises(data.InputError, match=said) as caught:
+        evaluation.main(list(arguments))
+    assert "\n" not in str(caught.value)
+
+
+def test_eval_command_line_ends_with_status_2(tmp_path):
+    bad = tmp_path / "cut.pt"
+    _ev_save(evaluation.build_model(_ev_recipe()), bad)
+    bad.write_bytes(bad.read_bytes()[:3000])
+    command = [sys.executable, evaluation.__file__, str(bad), "--data", str(tmp_path), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and str(bad) in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py
+
+
+def tiny_recipe(**fields):
+    """A recipe on procedural motion that trains in a second."""
+    base = dict(name="tiny", data="synthetic", layout="handcrafted", hidden=4, blocks=1, dropout=0.1, loss="mpjpe", lr=3e-3,
+                schedule="cosine-smooth", epochs=0.02, batch=64)
+    return train.Recipe(**{**base, **fields})
+
+
+TINY_GLA = dict(method="glagcn", normalise="width", filter_widths=(3,), channels=4, batch=32, optimizer="ranger", epochs=0.005,
+                flips=True, norm_schedule=True)
+
+
+@pytest.fixture
+def run_folder(monkeypatch, tmp_path):
+    """An empty folder, and procedural motion cut to short clips: the same generator, less of it."""
+    whole = data.synthesize
+    monkeypatch.setattr(data, "synthesize", lambda seed, **options: whole(seed, **{"frames": 20, **options}))
+    return tmp_path
+
+
+def test_ranger_follows_the_releases_trajectory():
+    """Minimising sum p^4 from (1, -2, 3) with lr 0.01: the release's path, across two Lookahead steps."""
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64))
+    optimizer = train.ranger([p], lr=0.01)
+    path = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        (p ** 4).sum().backward()
+        optimizer.step()
+        path.append(p.detach().clone())
+    want = {0: (0.95999998, -1.67999995, 1.91999996), 4: (0.82198018, -0.9098438, 0.17329334),
+            5: (0.91086566, -1.45482609, 1.58658506), 6: (0.91054839, -1.45457458, 1.5864253),
+            10: (0.90873635, -1.45306325, 1.58546937), 11: (0.90951741, -1.45370053, 1.58587147)}
+    for step, point in want.items():
+        torch.testing.assert_close(path[step], torch.tensor(point, dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+def test_ranger_state_goes_out_and_back():
+    def steps(p, optimizer, n):
+        for _ in range(n):
+            optimizer.zero_grad()
+            (p ** 4).sum().backward()
+            optimizer.step()
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = train.ranger([p], 0.01)
+    steps(p, optimizer, 9)
+    q = torch.nn.Parameter(p.detach().clone())
+    other = train.ranger([q], 0.01)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(p, optimizer, 9)
+    steps(q, other, 9)
+    assert torch.equal(p, q)
+
+
+def test_schedules_by_their_definitions():
+    recipe = train.Recipe(lr=1e-3, schedule="0.96/1", epochs=100.0)
+    assert train.learning_rate(recipe, 7.9) == pytest.approx(1e-3 * 0.96 ** 7)
+    recipe = dataclasses.replace(recipe, schedule="0.96/10")
+    assert [train.learning_rate(recipe, e) for e in (0, 9.99, 10, 25)] == pytest.approx([1e-3, 1e-3, 0.96e-3, 0.9216e-3])
+    recipe = dataclasses.replace(recipe, schedule="cosine", lr=1e-2, epochs=80.0)
+    assert [train.learning_rate(recipe, e) for e in (0, 0.5, 40, 80)] == pytest.approx([1e-2, 1e-2, 5.005e-3, 1e-5])
+    recipe = dataclasses.replace(recipe, schedule="3dhp", lr=1.0)
+    want, lr = [], 1.0
+    for epoch in range(1, 12):
+        want.append(lr)
+        lr *= 0.5 if epoch % 5 == 0 else 0.95
+    assert [train.learning_rate(recipe, e) for e in range(11)] == pytest.approx(want)
+    assert [train.norm_momentum(e, 80) for e in (0, 80)] == pytest.approx([0.1, 0.001])
+    with pytest.raises(data.InputError, match="schedule"):
+        train.learning_rate(dataclasses.replace(recipe, schedule="linear"), 0)
+
+
+def test_published_settings():
+    """facts about every published row's settings, spelled out once more."""
+    for name, recipe in train.RECIPES.items():
+        assert name == recipe.name and recipe.row
+        if recipe.method == "gridconv" and recipe.data == "h36m":
+            assert (recipe.epochs, recipe.batch, recipe.lr, recipe.optimizer, recipe.dropout, recipe.temperature) == \
+                (100, 200, 1e-3, "adam", 0.25, 30), name
+            assert recipe.normalise == "release-500" and recipe.skip == "gridconv" and not recipe.flips
+            assert recipe.padding == (("circular", "zeros") if recipe.keypoints == "hrnet" else ("circular", "replicate"))
+            learnt = recipe.layout == "autogrids"
+            assert recipe.schedule == ("0.96/10" if learnt else "0.96/1") and recipe.loss == ("mse" if learnt else "grid")
+            assert recipe.noise_epochs == 30 and recipe.hidden == 256 and recipe.blocks == 2
+        if recipe.method == "glagcn" and recipe.data in ("h36m", "humaneva"):
+            h36m = recipe.data == "h36m"
+            assert (recipe.epochs, recipe.batch) == ((80, 512) if h36m else (1000, 256)), name
+            assert (recipe.optimizer, recipe.lr, recipe.schedule, recipe.loss) == ("ranger", 1e-2, "cosine", "mpjpe")
+            assert recipe.flips and recipe.flip_test and recipe.norm_schedule and not recipe.jitter and recipe.dropout == 0.1
+            assert recipe.normalise == "width"
+            assert (recipe.unshared_weight, recipe.stage_one_epochs) == ((0.5, 60) if recipe.reconstruct else (0, 0))
+    paper = {r.name: (r.paper_mpjpe, r.paper_p_mpjpe) for r in train.RECIPES.values()}
+    assert paper["gridconv-gt"][0] == 37.1 and paper["gridconv-gt-learnable"][0] == 36.4
+    assert paper["gridconv-hrnet"] == (47.9, 37.9) and paper["gridconv-hrnet-learnable"] == (47.6, 37.4)
+    assert paper["gridconv-gt-uvd"][0] == 29.5 and paper["gridconv-hrnet-uvd"] == (46.3, 37.6)
+    assert paper["glagcn-gt-243"] == (28.5, 22.0) and paper["glagcn-cpn-243"] == (44.4, 34.8)
+    assert paper["glagcn-gt-243-reconstruct-512"] == (21.0, 17.6) and paper["glagcn-gt-27"][0] == 34.4
+
+
+def test_parameters_of_table_5_of_glagcn():
+    millions = lambda name: round(train.parameters(train.RECIPES[name]) / 1e6, 2)
+    assert [millions("glagcn-gt-" + name) for name in ("27", "81", "243", "243-reconstruct", "243-reconstruct-512")] == \
+        [0.84, 1.10, 1.35, 1.88, 48.64]
+
+
+def test_an_epoch_holds_every_sample_once_and_depends_on_seed_and_epoch_alone():
+    plain, flips = tiny_recipe(), tiny_recipe(flips=True)
+    assert sorted(train.epoch_order(plain, 50, 3).tolist()) == list(range(50))
+    assert sorted(train.epoch_order(flips, 50, 3).tolist()) == list(range(100))
+    assert torch.equal(train.epoch_order(plain, 50, 3), train.epoch_order(plain, 50, 3))
+    others = [train.epoch_order(plain, 50, 4), train.epoch_order(dataclasses.replace(plain, seed=1), 50, 3)]
+    assert not any(torch.equal(train.epoch_order(plain, 50, 3), other) for other in others)
+
+
+def make_run(run_folder, **fields):
+    recipe = tiny_recipe(**fields)
+    store = data.FrameStore(data.load_dataset(recipe, "", "train"), recipe.normalise, data.SKELETONS["h36m17"])
+    run = train.Run(recipe, store, run_folder, torch.device("cpu"))
+    run.trained_on = "test"
+    return run
+
+
+def test_losses_by_their_definitions(run_folder):
+    index = torch.arange(5)
+    run = make_run(run_folder, loss="grid", layout="released", dropout=0.0)
+    store, net = run.store, run.model.eval()
+    pose, target = store.batch(index)
+    S = gridconv.assignment_matrix(gridconv.RELEASED_5X5, 17)
+    error = net.forward_grid(gridconv.sgt(pose, S, (5, 5))) - gridconv.sgt(target, S, (5, 5))
+    torch.testing.assert_close(train.batch_loss(net, store, index, None, run.recipe)[0], (error ** 2).sum() / error.numel())
+    error = net(pose) - target
+    mse = dataclasses.replace(run.recipe, loss="mse")
+    torch.testing.assert_close(train.batch_loss(net, store, index, None, mse)[0], (error ** 2).sum() / error.numel())
+    mpjpe = dataclasses.replace(run.recipe, loss="mpjpe")
+    torch.testing.assert_close(train.batch_loss(net, store, index, None, mpjpe)[0], (error ** 2).sum(-1).sqrt().mean())
+    run = make_run(run_folder, **{**TINY_GLA, "reconstruct": True, "filter_widths": (3, 3), "dropout": 0.0})
+    run.model.eval()
+    window, targets = run.store.batch(index, 9, all_targets=True)
+    local, sequence = run.model(window, return_sequence=True)
+    want = (sequence - targets).norm(dim=-1).mean() + (local - targets[:, 4]).norm(dim=-1).mean()
+    torch.testing.assert_close(train.batch_loss(run.model, run.store, index, None, run.recipe, stage_one=True)[0], want)
+
+
+def test_jitter_is_one_of_nine_rotations_and_scales():
+    torch.manual_seed(0)
+    target = torch.randn(900, 4, 3)
+    out = train.jitter(target)
+    assert torch.equal(out[..., 2], target[..., 2])
+    ratio = torch.view_as_complex(out[..., :2].contiguous()) / torch.view_as_complex(target[..., :2].contiguous())
+    assert (ratio - ratio[:, :1]).abs().max() < 1e-3  # one for each sample
+    found = {(round(z.abs().item(), 2), round(math.degrees(z.angle().item()))) for z in ratio[:, 0]}
+    assert found == {(s, a) for s in (0.95, 1.0, 1.05) for a in (-5, 0, 5)}
+
+
+def test_micro_batches_give_the_same_step(run_folder):
+    weights = []
+    for micro in (0, 16):
+        run = make_run(run_folder, micro_batch=micro, dropout=0.0, attention="", optimizer="adam")
+        for norm in run.model.modules():  # batch statistics differ between micro-batches by nature
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                norm.momentum = 0.0
+        run.begin_epoch(0)
+        run.model.eval()
+        run.train_step(torch.arange(56))
+        weights.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+
+
+def test_stage_two_leaves_the_sequence_head_alone(run_folder):
+    run = make_run(run_folder, **{**TINY_GLA, "reconstruct": True, "epochs": 2.0, "stage_one_epochs": 1.0})
+    head = [p.detach().clone() for p in run.model.sequence_head.parameters()]
+    assert head
+    run.begin_epoch(0)
+    run.train_step(torch.arange(32))
+    moved = [p.detach().clone() for p in run.model.sequence_head.parameters()]
+    assert any(not torch.equal(a, b) for a, b in zip(head, moved))
+    run.begin_epoch(1)
+    run.train_step(torch.arange(32))
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(moved, run.model.sequence_head.parameters()))
+    assert any(p.requires_grad for p in run.model.parameters())
+
+
+def test_norm_momentum_reaches_all_but_shortcut_norms(run_folder):
+    run = make_run(run_folder, **{**TINY_GLA, "epochs": 80.0})
+    run.begin_epoch(40)
+    momenta = [m.momentum for m in run.model.modules() if isinstance(m, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d))]
+    assert sum(m == pytest.approx(0.01) for m in momenta) == len(momenta) - 2  # the expanding block's two shortcuts keep 0.1
+    assert sum(m == 0.1 for m in momenta) == 2
+
+
+def test_noise_ends_after_its_epochs(run_folder):
+    run = make_run(run_folder, layout="autogrids", noise_epochs=30.0, epochs=100.0)
+    for epoch, noise in ((0, True), (29, True), (30, False), (99, False)):
+        run.begin_epoch(epoch)
+        assert run.model.autogrids.noise is noise
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(layout="autogrids"), TINY_GLA], ids=["gridconv", "autogrids", "glagcn"])
+def test_training_is_reproducible_and_resumes_exactly(run_folder, fields, monkeypatch):
+    recipe = tiny_recipe(**{**fields, "epochs": 2.0})
+    few = lambda seed, **kw: [s for s in data_synthesize(seed, frames=8) if s.camera == "54138969"]
+    data_synthesize = data.synthesize
+    monkeypatch.setattr(data, "synthesize", few)
+    whole = train.train(recipe, out=run_folder / "whole", quiet=True)
+    stop_at = iter((3, 5, 10 ** 9))
+
+    real, step = train.Run.train_step, [next(stop_at)]
+
+    def interrupted(self, chunk):
+        real(self, chunk)
+        if self.step == step[0]:
+            step[0] = next(stop_at)
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(train.Run, "train_step", interrupted)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stopped:
+            train.train(recipe, out=run_folder / "parts", quiet=True)
+        assert stopped.value.code == 143
+    parts = train.train(recipe, out=run_folder / "parts", quiet=True)
+    assert parts["last"] == whole["last"] and parts["best"] == whole["best"]
+    for file in ("last.pt", "best.pt"):
+        a, b = (data.read_torch(run_folder / run / file)["model"] for run in ("whole", "parts"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(run_folder / run / "log.csv"))]
+            for run in ("whole", "parts")]
+    assert rows[0] == rows[1] and len(rows[0]) == 2
+    again = train.train(recipe, out=run_folder / "whole", quiet=True)  # nothing left to do
+    assert again["last"] == whole["last"]
+    model = evaluation.load_model(run_folder / "whole" / "best.pt")
+    assert model.recipe.name == "tiny"
+    with pytest.raises(data.InputError, match="another recipe"):
+        train.train(dataclasses.replace(recipe, lr=1e-4), out=run_folder / "whole", quiet=True)
+
+
+def test_a_run_that_is_not_finite_stops_and_keeps_the_last_good_state(run_folder):
+    recipe = tiny_recipe(epochs=1.0, lr=1e30, schedule="1/1", loss="mse", attention="")
+    with pytest.raises(data.InputError, match=r"loss of step \d+ is (nan|inf)"):
+        train.train(recipe, out=run_folder, quiet=True)
+    assert not (run_folder / "last.pt").exists()
+
+
+def test_a_folder_serves_one_run_at_a_time(run_folder):
+    with train.locked(run_folder):
+        with pytest.raises(train.Busy, match="another run"):
+            train.train(tiny_recipe(), out=run_folder, quiet=True)
+    (run_folder / "file").write_text("")
+    with pytest.raises(data.InputError, match="--out"):
+        train.train(tiny_recipe(), out=run_folder / "file" / "run", quiet=True)
+
+
+def test_options_become_recipe_fields():
+    assert train.parse_value("3,3:3,1", ()) == (3, (3, 3), 1)
+    assert train.parse_value("circular,replicate:circular", ()) == ("circular", ("replicate", "circular"))
+    assert train.parse_value("true", False) is True and train.parse_value("0.5", 1.0) == 0.5
+    for text, default in (("x", 1), ("maybe", True)):
+        with pytest.raises(data.InputError):
+            train.parse_value(text, default)
+
+
+def command(script, *arguments, cwd):
+    return subprocess.run([sys.executable, str(HERE / script), *map(str, arguments)], capture_output=True, text=True, cwd=cwd,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["nothing"], "nothing"), ([], "recipe"), (["gridconv-mocap"], "data"), (["gridconv-gt", "--data", "nowhere"], "nowhere"),
+    (["gridconv-synthetic", "--epochs", "x"], "--epochs"), (["gridconv-synthetic", "--padding", "mirror"], "mirror"),
+    (["gridconv-synthetic", "--layout", "spiral"], "spiral"), (["glagcn-synthetic", "--filter-widths", "3,2"], "2"),
+    (["glagcn-synthetic", "--unshared-weight", "1.5"], "1.5"), (["ablate", "table-9"], "table-9"), (["report", "none"], "none"),
+    (["gridconv-synthetic", "--out", "/proc/none"], "/proc/none"), (["gridconv-synthetic", "--grid", "4,4"], "4 x 4"),
+    (["gridconv-synthetic", "--device", "abacus"], "abacus")])
+def test_bad_commands_end_in_one_line_and_status_2(run_folder, arguments, says):
+    done = command("train.py", *arguments, cwd=run_folder)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and says in done.stderr
+    assert not list(run_folder.rglob("*.pt"))
+
+
+def test_training_beats_the_affine_yardstick(run_folder):
+    recipe = dataclasses.replace(train.RECIPES["gridconv-synthetic"], epochs=4.0, hidden=16, eval_every=99)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "synthesize", functools.partial(data_synthesize_whole, frames=100))
+        result = train.train(recipe, out=run_folder, quiet=True)
+    assert result["last"]["mpjpe"] < result["yardsticks"]["affine"] < result["yardsticks"]["mean_pose"]
+    assert "not Human3.6M" in train.report_table([result])
+
+
+data_synthesize_whole = data.synthesize
