@@ -32,6 +32,13 @@ class InputError(ValueError):
     """Bad input of any kind: one line that names the file or argument, what was found and expected, and what to do."""
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all others."""
+
+    def error(self, message):
+        raise InputError(f"{self.prog}: {message} (--help shows the options)")
+
+
 def run(main):
     """Calls `main()` for a command line: bad input ends in one line on stderr and exit status 2, Ctrl-C in 130.
 
@@ -565,33 +572,34 @@ def _read_hierarchy(lines, path):
     """(names, parents, offsets, channels) of a BVH header; `lines` an iterator of (number, text), left after MOTION."""
     names, parents, offsets, channels, stack = [], [], [], [], []
     for number, line in lines:
-        word, *rest = line.replace("{", " { ").split() or [""]
-        rest = [token for token in rest if token != "{"]  # a brace may share the line with the name
-        try:
-            if word in ("ROOT", "JOINT", "End"):
-                parents.append(stack[-1] if stack else -1)
-                names.append(names[stack[-1]] + "_end" if word == "End" else " ".join(rest))
-                stack.append(len(names) - 1)
-                offsets.append(np.zeros(3))
-                channels.append([])
-            elif word == "OFFSET":
-                offsets[stack[-1]] = np.array([float(rest[0]), float(rest[1]), float(rest[2])])
-                _check_finite(offsets[stack[-1]], "OFFSET")
-            elif word == "CHANNELS":
-                channels[stack[-1]] = [(c[0].upper(), c[1:].lower()) for c in rest[1:]]
-                kinds = {kind for _, kind in channels[stack[-1]]}
-                if int(rest[0]) != len(rest) - 1 or not kinds <= {"rotation", "position"} or any(
-                        axis not in "XYZ" for axis, _ in channels[stack[-1]]):
+        for statement in re.split(r"(?=[{}])|(?<=[{}])|(?=\bOFFSET\b|\bCHANNELS\b)", line, flags=re.I):  # may share a line
+            word, *rest = statement.split() or [""]
+            word = word.upper()
+            try:
+                if word in ("ROOT", "JOINT", "END"):
+                    parents.append(stack[-1] if stack else -1)
+                    names.append(names[stack[-1]] + "_end" if word == "END" else " ".join(rest))
+                    stack.append(len(names) - 1)
+                    offsets.append(np.zeros(3))
+                    channels.append([])
+                elif word == "OFFSET":
+                    offsets[stack[-1]] = np.array([float(rest[0]), float(rest[1]), float(rest[2])])
+                    _check_finite(offsets[stack[-1]], "OFFSET")
+                elif word == "CHANNELS":
+                    channels[stack[-1]] = [(c[0].upper(), c[1:].lower()) for c in rest[1:]]
+                    kinds = {kind for _, kind in channels[stack[-1]]}
+                    if int(rest[0]) != len(rest) - 1 or not kinds <= {"rotation", "position"} or any(
+                            axis not in "XYZ" for axis, _ in channels[stack[-1]]):
+                        raise ValueError
+                elif word == "}":
+                    stack.pop()
+                elif word == "MOTION" and names and not stack:
+                    return names, parents, offsets, channels
+                elif word not in ("", "{", "HIERARCHY"):
                     raise ValueError
-            elif word == "}":
-                stack.pop()
-            elif word == "MOTION" and names and not stack:
-                return names, parents, offsets, channels
-            elif word not in ("", "{", "HIERARCHY"):
-                raise ValueError
-        except (ValueError, IndexError):
-            raise InputError(f"{path}, line {number}: {line.strip()[:60]!r} is not what a BVH hierarchy holds here; "
-                             "export the file again") from None
+            except (ValueError, IndexError):
+                raise InputError(f"{path}, line {number}: {line.strip()[:60]!r} is not what a BVH hierarchy holds here; "
+                                 "export the file again") from None
     raise InputError(f"{path}: no MOTION after a complete HIERARCHY: not a BVH file, or a truncated one")
 
 
@@ -601,7 +609,7 @@ def _read_motion(lines, columns, path):
     for key in ("Frames:", "Frame Time:"):
         number, words = rows.pop(0) if rows else (0, [])
         try:
-            declared[key] = float(" ".join(words).removeprefix(key))
+            declared[key] = float(re.sub(key, "", " ".join(words), flags=re.I))
         except ValueError:
             found = " ".join(words)[:60]
             raise InputError(f"{path}, line {number}: {found!r}, expected {key!r} and a number") from None
@@ -639,7 +647,7 @@ def read_bvh(path):
     Rotation channels apply in the order they are listed (R = R_first R_second R_third); position channels, on any
     joint, replace that joint's OFFSET; end sites are joints `<parent>_end`. Raises InputError for anything else.
     """
-    text = _existing(path, "name a BVH file").read_bytes().decode("utf-8", "replace")
+    text = _existing(path, "name a BVH file").read_bytes().decode("utf-8-sig", "replace")
     lines = iter(enumerate(text.splitlines(), 1))
     names, parents, offsets, channels = _read_hierarchy(lines, path)
     values, seconds = _read_motion(lines, sum(map(len, channels)), path)
@@ -737,7 +745,12 @@ def convert_bvh(folder, out="data", name="mocap", test="", mapping=None, scale="
     folder, mapping = Path(folder), mapping or {}
     paths = sorted((p for p in folder.rglob("*") if p.suffix.lower() == ".bvh"), key=lambda p: (p.name, str(p)))
     if not paths:
-        raise InputError(f"{folder}: no BVH files" + ("" if folder.is_dir() else ", no such folder"))
+        why = "no BVH files in it" if folder.is_dir() else "a file, expected a folder" if folder.exists() else "no such folder"
+        raise InputError(f"{folder}: {why}; name a folder of .bvh files")
+    if not re.fullmatch(r"[\w-]+", name):
+        raise InputError(f"--name {name!r}: expected letters, digits, _ and - alone; it becomes part of two file names")
+    if fps and not 0 < fps <= 1000:
+        raise InputError(f"--fps {fps:g}: expected a rate above 0 and up to 1000")
     unknown = sorted(set(mapping) - set(SKELETONS["h36m17"].joints))
     if unknown:
         raise InputError(f"--map: unknown joints {', '.join(unknown)}; known: {', '.join(SKELETONS['h36m17'].joints)}")
@@ -768,6 +781,7 @@ def convert_bvh(folder, out="data", name="mocap", test="", mapping=None, scale="
         if not min(view[..., 2].min() for view in views) > 0.5:
             raise InputError(f"{path}: a joint comes within 0.5 m of a camera or behind it; give a smaller --volume, "
                              f"or the unit by --scale (legs are {leg * metres:.2f} m long)")
+        _check_finite(pose.astype(np.float32), path)
         world.append(pose.astype(np.float32))
         image.append(np.stack([project(v, k) for v, k in zip(views, H36M_INTRINSICS)]).astype(np.float32))
         rate.append(fps or recorded)
@@ -1182,12 +1196,12 @@ def check_folder(folder):
 
 def main():
     """The command line: `bvh` and `check`."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(prog="data.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     bvh = commands.add_parser("bvh", help="BVH clips to training pairs")
     bvh.add_argument("folder")
     bvh.add_argument("--out", default="data", help="folder for the two files (data)")
-    bvh.add_argument("--name", default="mocap", help="what the set is called (mocap)")
+    bvh.add_argument("--name", default="mocap", help="what the set is called; the recipes read the one called mocap")
     bvh.add_argument("--test", required=True, help="regular expression: matching clips are the test set")
     bvh.add_argument("--map", help="JSON file {our joint: its joint} for unusual skeletons")
     bvh.add_argument("--scale", default="auto", help="metres a file unit, or auto: legs of 0.90 m (auto)")
@@ -1218,8 +1232,9 @@ def main():
 def _read_mapping(path):
     if path is None:
         return None
+    text = _existing(path, "name a JSON file").read_bytes()
     try:
-        mapping = json.loads(_existing(path, "name a JSON file").read_text())
+        mapping = json.loads(text)
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):

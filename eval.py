@@ -19,7 +19,7 @@ import torch
 import data
 import glagcn
 import gridconv
-from data import InputError
+from data import InputError, Parser
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -276,6 +276,9 @@ def load_model(path, **overrides):
     unknown = sorted(set(overrides) - set(known))
     if unknown:
         raise InputError(f"{path}: its recipe has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    fixed = sorted(set(overrides) & {"padding", "grid", "filter_widths", "skeleton"}) if build is _own else []
+    if fixed:
+        raise InputError(f"{path}: its own recipe says its {', '.join(fixed)}; leave the option out")
     try:
         state = {key.removeprefix("module."): value for key, value in state.items()}  # DataParallel's prefix
         model, recipe = build(path, state, {name: _tuples(value) for name, value in {**known, **overrides}.items()})
@@ -284,6 +287,8 @@ def load_model(path, **overrides):
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = f"no entry {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
         raise InputError(f"{path}: weights and recipe do not fit: {reason}") from error
+    if content.get("temperature") is not None and "temperature" not in overrides:
+        model.temperature = content["temperature"]  # that of the epoch, where the recipe anneals it
     model.recipe = SimpleNamespace(**recipe)
     model.epoch, model.trained_on = content.get("epoch"), content.get("data", "")
     return model.eval()
@@ -381,6 +386,18 @@ def _pool(rows):
         means = {name: value / count if count else None for name, (value, count) in total.items()}
         place[group[-1]] = {"frames": total["mpjpe"][1], **means}
     return result
+
+
+def headline(scores, kind):
+    """(MPJPE, P-MPJPE) in mm as the protocol of a recipe's `data` averages them: unweighted over the actions (Human3.6M),
+    over the pairs of action and subject (HumanEva-I), over the valid frames (3DHP), else over all frames."""
+    if kind in ("h36m", "gridconv"):
+        row = scores
+    elif kind == "humaneva":
+        row = average([cell for subjects in scores["cells"].values() for cell in subjects.values()])
+    else:
+        row = {**scores["pooled"], **scores.get("all", {})}
+    return row["mpjpe"], row["p_mpjpe"]
 
 
 def average(rows):
@@ -572,13 +589,6 @@ def cells_changed(model):
 
 # --------------------------------------------------------------------------------------------------------------------
 # Command line
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all others."""
-
-    def error(self, message):
-        raise InputError(f"{self.prog}: {message} (--help shows the options)")
-
 
 def numbers(text):
     """Comma-separated whole numbers, as a tuple."""

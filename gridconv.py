@@ -54,19 +54,19 @@ def assignment_matrix(layout, num_joints):
     rows = [list(row) for row in layout]
     if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
         raise ValueError(f"layout: every row needs the same number of cells, found {[len(row) for row in rows]}")
-    cells = [cell if isinstance(cell, (tuple, list)) else (cell,) for row in rows for cell in row]
+    cells = [tuple(cell) if isinstance(cell, (tuple, list)) else (cell,) for row in rows for cell in row]
     if len(cells) < num_joints:
         raise ValueError(f"layout: {len(rows)} x {len(rows[0])} = {len(cells)} cells cannot hold {num_joints} joints")
     for cell in cells:
         for joint in cell:
-            if not isinstance(joint, int) or not 0 <= joint < num_joints:
+            if not hasattr(joint, "__index__") or not 0 <= joint < num_joints:
                 raise ValueError(f"layout: unknown joint {joint!r}, expected 0 to {num_joints - 1}")
         if not cell:
             raise ValueError("layout: an empty cell; a cell holds a joint or a tuple of joints")
     missing = sorted(set(range(num_joints)) - {cell[0] for cell in cells if len(set(cell)) == 1})
     if missing:
         raise ValueError(f"layout: no cell for joint {', '.join(map(str, missing))}; every joint needs one of its own")
-    return torch.stack([F.one_hot(torch.tensor(cell), num_joints).float().mean(0) for cell in cells])
+    return torch.stack([F.one_hot(torch.tensor([int(joint) for joint in cell]), num_joints).float().mean(0) for cell in cells])
 
 
 def sgt(pose, S, grid_shape):
@@ -151,9 +151,11 @@ class AutoGrids(nn.Module):
                 raise ValueError(f"prior: no handcrafted layout of {num_joints} joints on {H} x {P}; "
                                  "expected 'random' or a layout" if prior is None else
                                  f"prior: unknown {prior!r}, expected 'handcrafted', 'random' or a layout")
-            if (len(prior), len(prior[0])) != (H, P):
-                raise ValueError(f"prior: a layout of {len(prior)} x {len(prior[0])} cells, expected {H} x {P}")
+            if len(prior) != H or any(len(row) != P for row in prior):
+                raise ValueError(f"prior: rows of {[len(row) for row in prior]} cells, expected {H} rows of {P}")
             S = assignment_matrix(prior, num_joints)
+            if (S.amax(1) < 1).any():
+                raise ValueError("prior: a cell that averages joints; AutoGrids starts from one joint a cell")
         self.s_prob = nn.Parameter(S)
         self.noise = True
 
@@ -234,6 +236,8 @@ class GridConv(nn.Module):
     def __init__(self, in_channels, out_channels, kernel_size=3, padding=("circular", "replicate"), grid_shape=(5, 5),
                  bias=True):
         super().__init__()
+        if isinstance(padding, str):
+            raise ValueError(f"padding: {padding!r}, expected a tuple with an entry for each branch, as ({padding!r},)")
         modes = tuple((p, p) if isinstance(p, str) else tuple(p) for p in padding)
         for mode in (m for pair in modes for m in pair):
             if mode not in ("circular", "replicate", "zeros"):
@@ -268,13 +272,17 @@ class GridConv(nn.Module):
             raise ValueError(f"x: {C} channels on a {H} x {P} grid, expected {self.weight.shape[2]} on "
                              f"{self.grid_shape[0]} x {self.grid_shape[1]}")
         cells = x.permute(0, 2, 3, 1).reshape(B, H * P, C)  # a view where x is channels_last
-        bank = (self.mixing.to(x.dtype) @ self.weight.flatten(1)).view(-1, *self.weight.shape[1:3], self.kernel_size ** 2)
+        bank = (self.mixing @ self.weight.flatten(1)).view(-1, *self.weight.shape[1:3], self.kernel_size ** 2)
         bank = bank.permute(0, 3, 2, 1).flatten(0, 1)  # (mixes * K * K, C_in, C_out)
-        alpha = None if alpha is None else alpha.reshape(B, -1, 1)  # (B, H * P * K * K, 1)
+        if alpha is not None:
+            K = self.kernel_size
+            if alpha.shape != (B, H, P, K, K):
+                raise ValueError(f"alpha: shape {tuple(alpha.shape)}, expected {(B, H, P, K, K)}")
+            alpha = alpha.reshape(B, H * P * K * K, 1)
         out = (self._multiply_first if self.multiply_first else self._gather_first)(cells, bank, alpha)
         if self.bias is not None:
             out = out + self.bias.sum(0)
-        return out.view(B, H, P, -1).permute(0, 3, 1, 2)
+        return out.view(B, H, P, out.shape[2]).permute(0, 3, 1, 2)
 
     def _gather_first(self, cells, bank, alpha):
         B, _, C = cells.shape
@@ -285,13 +293,14 @@ class GridConv(nn.Module):
             if alpha is not None:
                 patch = patch * alpha.index_select(1, self.pair[these])  # Eq. 8: alpha scales the kernel's taps
             kernel = bank.index_select(0, self.kernels[first:first + taps]).flatten(0, 1)  # (taps * C_in, C_out)
-            out.append((patch.view(B * count, taps * C) @ kernel).view(B, count, -1))
+            out.append((patch.view(B * count, taps * C) @ kernel).view(B, count, kernel.shape[1]))
             product, first = product + count * taps, first + taps
         return torch.cat(out, 1).index_select(1, self.order)  # (B, H * P, C_out)
 
     def _multiply_first(self, cells, bank, alpha):
         B, cell_count, _ = cells.shape
-        out = (cells @ bank.transpose(0, 1).flatten(1)).view(B, cell_count * len(bank), -1)  # every kernel on every cell
+        out = cells @ bank.transpose(0, 1).flatten(1)  # every kernel on every cell
+        out = out.view(B, cell_count * len(bank), bank.shape[2])
         out = out.index_select(1, self.source * len(bank) + self.kernel)  # (B, products, C_out)
         if alpha is not None:
             out = out * alpha.index_select(1, self.pair)
@@ -321,7 +330,7 @@ class GridAttention(nn.Module):
     def forward(self, x):
         z = F.relu(self.norm(self.squeeze(x.mean((2, 3)))))  # (B, width)
         alpha = torch.sigmoid(self.position(z) / self.temperature)
-        return alpha.view(-1, *self.shape).permute(0, 3, 4, 1, 2)
+        return alpha.view(len(x), *self.shape).permute(0, 3, 4, 1, 2)
 
 
 class DynamicGridConv(GridConv):
@@ -401,7 +410,7 @@ class GridLiftingNetwork(nn.Module):
 
     @property
     def temperature(self):
-        """The temperature of the attention's sigmoid, 30 unless set; a fresh network may anneal it while it trains."""
+        """The temperature of the attention's sigmoid, 30 unless set; without grid attention it has no effect."""
         return next((m.temperature.item() for m in self.modules() if isinstance(m, GridAttention)), 30.0)
 
     @temperature.setter

@@ -16,7 +16,7 @@ setup() {  # sets $python to one that has what requirements.txt lists
     want=$(command -v python3 || command -v python) || { echo "error: no python3 found; install Python 3.10 or newer" >&2; exit 2; }
     if cmp -s requirements.txt .venv/installed.txt; then python=.venv/bin/python; return; fi
     echo "Setting up .venv from requirements.txt (once; some minutes)."
-    if "$want" -m venv .venv && .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt; then
+    if "$want" -m venv .venv && .venv/bin/python -m pip install --quiet --retries 2 --disable-pip-version-check -r requirements.txt; then
         cp requirements.txt .venv/installed.txt
         python=.venv/bin/python
     elif has "$want" "torch, numpy${1:+, $1}"; then

@@ -209,6 +209,8 @@ def test_bad_layouts_are_refused(layout, joints, says):
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="mirror"):
         gridconv.GridConv(2, 3, padding=("mirror",))
+    with pytest.raises(ValueError, match="tuple"):
+        gridconv.GridConv(2, 3, padding="circular")
     with pytest.raises(ValueError, match="4"):
         gridconv.GridConv(2, 3, kernel_size=4)
     with pytest.raises(ValueError, match="16 cells cannot hold 17"):
@@ -219,6 +221,13 @@ def test_bad_arguments_are_refused():
         gridconv.shuffle_layout(gridconv.HANDCRAFTED_5X5, "diagonal")
     with pytest.raises(ValueError, match="channels"):
         gridconv.GridConv(2, 3)(torch.zeros(1, 3, 5, 5))
+    for shape in ((2, 3, 3, 5, 5), (1, 5, 5, 3, 3)):  # the release's order, one alpha for a batch of two
+        with pytest.raises(ValueError, match="alpha"):
+            gridconv.DynamicGridConv(2, 3)(torch.zeros(2, 2, 5, 5), torch.ones(shape))
+    with pytest.raises(ValueError, match="averages"):
+        gridconv.AutoGrids(17, (5, 5), gridconv.RELEASED_5X5)
+    with pytest.raises(ValueError, match="rows"):
+        gridconv.AutoGrids(17, (5, 5), ())
     with pytest.raises(ValueError, match="expected"):
         gridconv.GridLiftingNetwork(hidden=4)(torch.zeros(1, 16, 2))
     with pytest.raises(ValueError, match="unknown"):
@@ -422,6 +431,11 @@ def test_figure_8_attentions_by_loops():
         place = plain_dgridconv(maps, layer.spatial.weight, layer.spatial.bias, ("circular", "replicate"),
                                 torch.ones(1, 5, 5, 3, 3, dtype=torch.float64))
         torch.testing.assert_close(got[b], z / (1 + torch.exp(-place[0, 0])))
+
+
+@pytest.mark.parametrize("attention", ["grid", None, "channel", "spatial+channel"])
+def test_an_empty_batch_gives_an_empty_batch(attention):
+    assert random_network(attention=attention)(torch.zeros(0, 17, 2, dtype=torch.float64)).shape == (0, 17, 3)
 
 
 def test_temperature_is_settable_and_30_unless_set():
@@ -1383,6 +1397,21 @@ def test_data_bvh_by_hand(tmp_path):
     np.testing.assert_allclose(positions[0], [[0, 0, 0], [0, 1.5, 0], [0.25, 2, 0]], atol=1e-12)
     # 90 degrees about z: up is -x; the Yposition of Chest replaces its OFFSET; its 90 about x turns (.25, .5, 0) to (.25, 0, .5)
     np.testing.assert_allclose(positions[1], [[10, 20, 30], [8, 20, 30], [8, 20.25, 30.5]], atol=1e-12)
+
+
+@pytest.mark.parametrize("legal", [
+    "\ufeff" + BVH_TINY, BVH_TINY.replace("\n", "\r\n"), BVH_TINY.replace("\n", "\n\n"),
+    BVH_TINY.replace("ROOT", "root").replace("JOINT", "Joint").replace("End Site", "END SITE").replace("Frames", "FRAMES"),
+    BVH_TINY.replace("OFFSET", "offset").replace("CHANNELS", "Channels").replace("Frame Time", "Frame time"),
+    BVH_TINY.replace("{\n", "{ ").replace("\n  }", " }"), BVH_TINY.replace("\n{\n", " {\n").replace("\n  {", "{"),
+    BVH_TINY.replace("End Site\n    {\n      OFFSET 0.25 0.5 0\n    }", "End Site { OFFSET 0.25 0.5 0 }"),
+    BVH_TINY.replace("90", "9.0e1").replace(" 0", "\t+0")])
+def test_data_bvh_odd_but_legal(tmp_path, legal):
+    for name, text in (("plain", BVH_TINY), ("odd", legal)):
+        (tmp_path / f"{name}.bvh").write_bytes(text.encode())
+    plain, odd = (data.read_bvh(tmp_path / f"{name}.bvh") for name in ("plain", "odd"))
+    assert plain[0] == odd[0] and plain[2] == odd[2]
+    np.testing.assert_array_equal(plain[1], odd[1])
 
 
 def write_bvh(joints, values, newline="\n", space=" ", number="{:.9f}", seconds=0.05):
@@ -2822,6 +2851,15 @@ def test_eval_command_line_ends_with_status_2(tmp_path):
     assert done.stderr.startswith("error: ") and str(bad) in done.stderr
 
 
+def test_eval_headline_is_the_protocols_average():
+    row = lambda a, b, n: {"frames": n, "mpjpe": a, "p_mpjpe": b}
+    scores = {**row(3.0, 2.0, 30), "pooled": row(4.0, 3.5, 30),
+              "cells": {"Walk": {"S1": row(1.0, 0.5, 10), "S2": row(2.0, 1.0, 10)}, "Jog": {"S1": row(6.0, 3.0, 10)}}}
+    assert evaluation.headline(scores, "h36m") == (3.0, 2.0) and evaluation.headline(scores, "mocap") == (4.0, 3.5)
+    assert evaluation.headline(scores, "humaneva") == (3.0, 1.5)
+    assert evaluation.headline({**scores, "all": {"mpjpe": 9.0}}, "3dhp") == (9.0, 3.5)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # train.py
 
@@ -2939,6 +2977,13 @@ def test_an_epoch_holds_every_sample_once_and_depends_on_seed_and_epoch_alone():
     assert not any(torch.equal(train.epoch_order(plain, 50, 3), other) for other in others)
 
 
+@given(st.integers(1, 60), st.integers(2, 20))
+def test_batches_cover_everything_and_none_holds_one_sample(samples, size):
+    parts = train.batches(torch.arange(samples), size)
+    assert torch.equal(torch.cat(parts), torch.arange(samples))
+    assert all(len(part) == size for part in parts[:-2]) and all(2 <= len(part) <= size + 1 for part in parts) or samples == 1
+
+
 def make_run(run_folder, **fields):
     recipe = tiny_recipe(**fields)
     store = data.FrameStore(data.load_dataset(recipe, "", "train"), recipe.normalise, data.SKELETONS["h36m17"])
@@ -3022,6 +3067,25 @@ def test_noise_ends_after_its_epochs(run_folder):
         assert run.model.autogrids.noise is noise
 
 
+def test_the_grid_has_a_learning_rate_of_its_own(run_folder):
+    run = make_run(run_folder, layout="autogrids", grid_lr=0.0)
+    before = run.model.autogrids.s_prob.detach().clone(), run.model.expand.conv.weight.detach().clone()
+    run.begin_epoch(0)
+    run.train_step(torch.arange(32))
+    assert torch.equal(run.model.autogrids.s_prob, before[0]) and not torch.equal(run.model.expand.conv.weight, before[1])
+    run = make_run(run_folder, layout="autogrids", grid_lr=5.0, schedule="1/1")
+    run.begin_epoch(0)
+    run.train_step(torch.arange(32))
+    rates = {tuple(p.shape): group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
+    assert rates.pop((25, 17)) == pytest.approx(1.5e-2) and set(rates.values()) == {3e-3}
+
+
+def test_head_scale_multiplies_the_first_weights_of_the_head(run_folder):
+    plain, small = (make_run(run_folder, **{**TINY_GLA, "head_scale": scale}).model for scale in (1.0, 0.1))
+    torch.testing.assert_close(small.head.W_shared, plain.head.W_shared * 0.1)
+    assert torch.equal(small.expand.temporal.weight, plain.expand.temporal.weight)
+
+
 @pytest.mark.parametrize("fields", [dict(), dict(layout="autogrids"), TINY_GLA], ids=["gridconv", "autogrids", "glagcn"])
 def test_training_is_reproducible_and_resumes_exactly(run_folder, fields, monkeypatch):
     recipe = tiny_recipe(**{**fields, "epochs": 2.0})
@@ -3084,30 +3148,117 @@ def test_options_become_recipe_fields():
             train.parse_value(text, default)
 
 
-def command(script, *arguments, cwd):
-    return subprocess.run([sys.executable, str(HERE / script), *map(str, arguments)], capture_output=True, text=True, cwd=cwd,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 @pytest.mark.parametrize("arguments, says", [
     (["nothing"], "nothing"), ([], "recipe"), (["gridconv-mocap"], "data"), (["gridconv-gt", "--data", "nowhere"], "nowhere"),
     (["gridconv-synthetic", "--epochs", "x"], "--epochs"), (["gridconv-synthetic", "--padding", "mirror"], "mirror"),
     (["gridconv-synthetic", "--layout", "spiral"], "spiral"), (["glagcn-synthetic", "--filter-widths", "3,2"], "2"),
     (["glagcn-synthetic", "--unshared-weight", "1.5"], "1.5"), (["ablate", "table-9"], "table-9"), (["report", "none"], "none"),
     (["gridconv-synthetic", "--out", "/proc/none"], "/proc/none"), (["gridconv-synthetic", "--grid", "4,4"], "4 x 4"),
-    (["gridconv-synthetic", "--device", "abacus"], "abacus")])
-def test_bad_commands_end_in_one_line_and_status_2(run_folder, arguments, says):
-    done = command("train.py", *arguments, cwd=run_folder)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and says in done.stderr
-    assert not list(run_folder.rglob("*.pt"))
+    (["gridconv-synthetic", "--device", "abacus"], "abacus"), (["gridconv-synthetic", "--batch", "1"], "batch"),
+    (["gridconv-synthetic", "--epochs", "-1"], "epochs"), (["gridconv-synthetic", "--loss", "l3"], "l3"),
+    (["gridconv-synthetic", "--schedule", "linear"], "linear"), (["glagcn-synthetic", "--loss", "grid"], "grid"),
+    (["glagcn-synthetic", "--causal", "true", "--reconstruct", "true"], "causal"),
+    (["gridconv-synthetic", "--kernel-sizes", "3,3,3"], "kernel_sizes"), (["gridconv-synthetic", "--grid", "5"], "grid"),
+    (["gridconv-synthetic", "--epochs", "nan"], "epochs"), (["gridconv-synthetic", "--schedule", "0.96/0"], "schedule"),
+    (["gridconv-synthetic", "--skeleton", "robot"], "robot"), (["gridconv-synthetic", "--reconstruct", "true"], "reconstruct"),
+    (["ablate", "gridconv-5", "--minutes", "-1"], "--minutes"), (["gridconv-synthetic", "--hidden", "0"], "hidden")])
+def test_bad_commands_end_in_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        data.run(functools.partial(train.main, arguments))
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1 and says in told
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_bad_command_from_the_shell(tmp_path):
+    done = subprocess.run([sys.executable, str(HERE / "train.py"), "nothing"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_every_option_has_a_help_text(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    told = capsys.readouterr().out
+    assert "of the attention's sigmoid" in told and "largest gradient norm" in told
+
+
+def test_a_run_continues_on_its_own_data_only(run_folder, monkeypatch):
+    recipe, whole = tiny_recipe(), data.synthesize
+    train.train(recipe, out=run_folder, quiet=True)
+    monkeypatch.setattr(data, "synthesize", lambda seed, **options: whole(seed + 1, **options))
+    with pytest.raises(data.InputError, match="other data"):
+        train.train(recipe, out=run_folder, quiet=True)
+    torch.save([1], run_folder / "last.pt")
+    with pytest.raises(data.InputError, match="not the state of a run"):
+        train.train(recipe, out=run_folder, quiet=True)
+
+
+def test_an_annealed_temperature_stays_with_the_weights(run_folder):
+    recipe = tiny_recipe(epochs=0.5, anneal_epochs=1.0)
+    first = train.train(recipe, out=run_folder, quiet=True)
+    model = evaluation.load_model(run_folder / "best.pt")
+    assert 1 < model.temperature < 30
+    store = train.make_store(recipe, "", "test", torch.device("cpu"))
+    assert evaluation.evaluate(model, store)["mpjpe"] == pytest.approx(first["last"]["mpjpe"], rel=1e-6)
+    (run_folder / "result.json").unlink()
+    assert train.train(recipe, out=run_folder, quiet=True)["last"] == first["last"]
+
+
+def test_report_of_several_runs(run_folder):
+    for name in ("a", "b"):
+        train.train(tiny_recipe(name=name), out=run_folder / name, quiet=True)
+    text = train.write_report(run_folder)
+    result = json.loads((run_folder / "a" / "result.json").read_text())
+    assert f"{result['last']['pooled']['mpjpe']:.2f}" in text and f"{result['yardsticks']['affine']:.2f}" in text
+    assert "not Human3.6M" in text and (run_folder / "report.md").read_text().count("## ") == 2
+    assert len(json.loads((run_folder / "report.json").read_text())) == 2
+    (run_folder / "b" / "result.json").write_text("{")
+    with pytest.raises(data.InputError, match="b/result.json"):
+        train.write_report(run_folder)
+
+
+def test_ablation_runs_every_row_with_every_seed_and_continues(run_folder, monkeypatch):
+    rows = {"one": (38.1, dict(layout="random")), "two": (None, dict(layout="autogrids", noise_epochs=0.5))}
+    monkeypatch.setitem(train.ABLATIONS, "tiny", ("gridconv-synthetic", "P1*, Table 5", rows))
+    monkeypatch.setattr(train, "step_seconds", lambda *arguments: (1.0, 6000))
+    small = lambda recipe: dataclasses.replace(recipe, hidden=4, blocks=1)
+    text = train.ablate("tiny", "", run_folder / "t", minutes=1, seeds=2, base_options=small)
+    results = {p.parent.name: json.loads(p.read_text()) for p in (run_folder / "t").glob("*/result.json")}
+    assert set(results) == {f"{row}-seed-{seed}" for row in ("one", "two") for seed in (0, 1)}
+    assert all(r["recipe"]["epochs"] == 0.01 and r["recipe"]["layout_seed"] == r["seed"] for r in results.values())
+    assert results["two-seed-1"]["recipe"]["noise_epochs"] == 0.005
+    scores = [results[f"one-seed-{seed}"]["last"]["pooled"]["mpjpe"] for seed in (0, 1)]
+    assert f"{sum(scores) / 2:.2f}" in text and f"{abs(scores[0] - scores[1]):.2f}" in text and "38.10" in text
+    assert train.ablate("tiny", "", run_folder / "t", minutes=1, seeds=2, base_options=small) == text
+    with pytest.raises(data.InputError, match="planned for"):
+        train.ablate("tiny", "", run_folder / "t", minutes=2, seeds=2, base_options=small)
+
+
+def test_benchmark_compares_equal_things(run_folder):
+    network = random_network(hidden=8, layout=gridconv.HANDCRAFTED_5X5)
+    pose = torch.randn(4, 17, 2, dtype=torch.float64)
+    torch.testing.assert_close(train.plain_network(network)(pose), network(pose), rtol=1e-10, atol=1e-10)
+    layer = gridconv.DynamicGridConv(3, 5).double()
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(train.plain_grid_conv(layer, x), plain_dgridconv(
+        x, layer.weight, layer.bias, ("circular", "replicate"), layer.attention(x)), rtol=1e-10, atol=1e-10)
+    store = train.make_store(tiny_recipe(), "", "test", torch.device("cpu"))
+    for frames in (1, 9, 51):
+        slow = train.SampleByFrame(store, frames)
+        for i in (0, 3, 19, 20, len(store) - 1):
+            window, target = store.batch(torch.tensor([i]), frames)
+            assert np.array_equal(slow[i][0].reshape(-1), window[0].numpy().reshape(-1))
+            assert np.array_equal(slow[i][1], target[0].numpy())
 
 
 def test_training_beats_the_affine_yardstick(run_folder):
-    recipe = dataclasses.replace(train.RECIPES["gridconv-synthetic"], epochs=4.0, hidden=16, eval_every=99)
+    recipe = dataclasses.replace(train.RECIPES["gridconv-synthetic"], epochs=5.0, hidden=16, blocks=1, attention="",
+                                 batch=32, lr=5e-3, eval_every=99)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "synthesize", functools.partial(data_synthesize_whole, frames=100))
         result = train.train(recipe, out=run_folder, quiet=True)
-    assert result["last"]["mpjpe"] < result["yardsticks"]["affine"] < result["yardsticks"]["mean_pose"]
+    assert result["last"]["pooled"]["mpjpe"] < result["yardsticks"]["affine"] < result["yardsticks"]["mean_pose"]
     assert "not Human3.6M" in train.report_table([result])
 
 

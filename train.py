@@ -6,6 +6,7 @@
     python train.py --list                                  # every recipe, its table row and what data it needs
     python train.py ablate gridconv-5 --data data           # the rows of one table side by side, several seeds
     python train.py report results                          # the table of every run in a folder
+    python train.py bench                                   # the fast forms against the plain ones, on this machine
 
 A run's folder holds last.pt (the whole state: continue by giving the same command again), best.pt (the weights of the
 epoch that was best on the test set), log.csv and result.json. Same recipe, seed and machine: same numbers, bit for
@@ -13,9 +14,12 @@ bit on the CPU, interrupted or not.
 """
 
 import argparse
+import copy
 import csv
 import dataclasses
 import fcntl
+import functools
+import inspect
 import io
 import json
 import math
@@ -23,15 +27,19 @@ import os
 import platform
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import data
 import eval as evaluation
@@ -45,7 +53,7 @@ from glagcn import Refinement, mean_distance
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run, whole and flat. The comments are the help text of the options that set the fields."""
+    """One training run, whole and flat. The comments are the help texts of the options (--help)."""
 
     name: str = ""
     row: str = ""  # the table row it reproduces, or what it is for
@@ -195,9 +203,7 @@ class Ranger(torch.optim.RAdam):
         return loss
 
 
-def ranger(params, lr):
-    """The optimiser of GLA-GCN (section 4.2; the release's settings): RAdam with Lookahead, see Ranger."""
-    return Ranger(params, lr)
+ranger = Ranger  # ranger(params, lr)
 
 
 def make_optimizer(recipe, *modules):
@@ -208,9 +214,7 @@ def make_optimizer(recipe, *modules):
     groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "ranger":
         return ranger(groups, recipe.lr)
-    if recipe.optimizer in ("adam", "amsgrad"):
-        return torch.optim.Adam(groups, recipe.lr, amsgrad=recipe.optimizer == "amsgrad")
-    raise InputError(f"optimizer: unknown {recipe.optimizer!r}, expected adam, amsgrad or ranger")
+    return torch.optim.Adam(groups, recipe.lr, amsgrad=recipe.optimizer == "amsgrad")
 
 
 def learning_rate(recipe, epoch):
@@ -225,7 +229,7 @@ def learning_rate(recipe, epoch):
         return recipe.lr * (1 + math.cos(math.pi * min(epoch / recipe.epochs, 1))) / 2
     if recipe.schedule == "3dhp":
         return recipe.lr * 0.95 ** (int(epoch) - int(epoch) // 5) * 0.5 ** (int(epoch) // 5)
-    if re.fullmatch(r"[\d.]+/\d+", recipe.schedule):
+    if re.fullmatch(r"\d*\.?\d+/0*[1-9]\d*", recipe.schedule):
         factor, every = recipe.schedule.split("/")
         return recipe.lr * float(factor) ** (int(epoch) // int(every))
     raise InputError(f"schedule: unknown {recipe.schedule!r}, expected FACTOR/EPOCHS, cosine, cosine-smooth or 3dhp")
@@ -247,7 +251,7 @@ def batch_loss(model, store, index, flip, recipe, stage_one=False):
         pose, sequence = store.batch(index, T, flip=flip, all_targets=True)
         local, reconstructed = model(pose, return_sequence=True)
         return mean_distance(local, sequence[:, T // 2]) + mean_distance(reconstructed, sequence), local
-    pose, target = store.batch(index, T, model.__dict__.get("causal", False), flip)
+    pose, target = store.batch(index, T, getattr(model, "causal", False), flip)
     if recipe.jitter:
         target = jitter(target)
     if recipe.loss == "grid":  # the release's loss with a handcrafted layout: both sides on the grid
@@ -290,37 +294,89 @@ def epoch_order(recipe, frames, epoch):
     return torch.randperm(frames * (2 if recipe.flips else 1), generator=generator)
 
 
+def batches(order, size):
+    """The samples in batches; the last partial one is kept, a single left-over sample (which batch norm cannot take)
+    joins the batch before it."""
+    parts = list(order.split(size))
+    return parts if len(parts) == 1 or len(parts[-1]) > 1 else [*parts[:-2], torch.cat(parts[-2:])]
+
+
+def check_recipe(recipe):
+    """InputError where a field of the recipe cannot be meant, before anything is loaded or built."""
+    words = {"method": ("gridconv", "glagcn"), "loss": ("mse", "grid", "mpjpe"), "precision": ("float32", "tf32", "bf16"),
+             "target": ("camera", "uvd"), "skip": ("", "gridconv"), "optimizer": ("adam", "amsgrad", "ranger"),
+             "skeleton": tuple(data.SKELETONS)}
+    for name, known in words.items():
+        if getattr(recipe, name) not in known:
+            raise InputError(f"{name}: unknown {getattr(recipe, name)!r}, expected one of {', '.join(map(repr, known))}")
+    bounds = {"epochs": (1e-9, 1e9), "batch": (2, 1e9), "eval_every": (1, math.inf), "lr": (0, 1e31), "seed": (0, 2 ** 40),
+              "micro_batch": (0, 1e9), "clip": (0, 1e9), "dropout": (0, 0.999), "temperature": (1e-9, 1e9), "hidden": (1, 1e6),
+              "blocks": (0, 1e3), "channels": (1, 1e6), "reconstruct_blocks": (0, 1e3), "noise_epochs": (0, 1e9),
+              "anneal_epochs": (0, 1e9), "stage_one_epochs": (0, 1e9), "grid_lr": (0, 1e9), "head_scale": (0, 1e9),
+              "layout_seed": (0, 2 ** 40)}
+    for name, (least, most) in bounds.items():
+        if not least <= getattr(recipe, name) <= most:
+            raise InputError(f"{name}: {getattr(recipe, name)!r}, expected a number from {least:g} to {most:g}")
+    shapes = {"grid": ("5,5", r"\(\d+, \d+\)"), "kernel_sizes": ("3,3:3,3", r"\(\d+, \(\d+, \d+\), \d+\)"),
+              "filter_widths": ("3,3,3", r"\(\d+,( \d+,?)*\)"), "padding": ("circular,replicate", r"\((?!\)).*'.*\)")}
+    for name, (example, pattern) in shapes.items():
+        if not re.fullmatch(pattern, repr(getattr(recipe, name))):
+            raise InputError(f"{name}: {getattr(recipe, name)!r}, expected something like {example}")
+    learning_rate(recipe, 0)
+    for wrong, why in ((recipe.loss == "grid" and recipe.method != "gridconv", "loss: 'grid' needs a grid, so gridconv"),
+                       (recipe.reconstruct and recipe.method != "glagcn", "reconstruct: only glagcn has a sequence head"),
+                       (recipe.reconstruct and recipe.causal, "causal: a causal model has no sequence to reconstruct"),
+                       (recipe.refine and (recipe.loss == "grid" or recipe.target == "uvd"),
+                        "refine: needs poses in the camera frame, so target camera and a loss on joints")):
+        if wrong:
+            raise InputError(why)
+
+
+def fingerprint(stores):
+    """What a run's data is, so that it is continued on the same only: frames and checksum of each split."""
+    return [[split, len(store), zlib.crc32(torch.cat([store.input.flatten(), store.target.flatten()]).cpu().numpy())]
+            for split, store in stores.items()]
+
+
 class Run:
     """One training run: the model, what drives it, and all that must be saved to go on as if never interrupted."""
 
-    def __init__(self, recipe, train_store, out, device):
+    def __init__(self, recipe, store, out, device, trained_on="", data_print=()):
         torch.manual_seed(recipe.seed)
-        self.recipe, self.store, self.out, self.device = recipe, train_store, Path(out), device
+        self.recipe, self.store, self.out, self.device, self.trained_on = recipe, store, Path(out), device, trained_on
+        self.data_print = list(data_print)
         self.model = evaluation.build_model(recipe).to(device)
         if recipe.method == "glagcn":
             for weight in self.model.head.parameters():
                 weight.data *= recipe.head_scale
         self.refinement = Refinement(self.model.num_joints).to(device) if recipe.refine else nn.Module()
         self.optimizer = make_optimizer(recipe, self.model, self.refinement)
-        self.samples = len(train_store) * (2 if recipe.flips else 1)
-        self.epoch_steps = math.ceil(self.samples / recipe.batch)
+        self.epoch_steps = len(batches(epoch_order(recipe, len(store), 0), recipe.batch))
         self.total_steps = max(1, round(recipe.epochs * self.epoch_steps))
         self.step = 0  # optimiser steps done
         self.losses = torch.zeros(self.epoch_steps, device=device)  # this epoch's, on the device: no synchronisation
-        self.history, self.best, self.seconds = [], None, 0.0
+        self.history, self.best, self.last, self.seconds = [], None, None, 0.0
 
     def state(self):
         """Everything that resuming needs, as plain values and tensors."""
-        return {"format": "poselift", "version": 1, "recipe": dataclasses.asdict(self.recipe),
-                "data": self.trained_on, "epoch": self.step / self.epoch_steps,
-                "model": self.model.state_dict(), "refinement": self.refinement.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
-                "losses": self.losses, "history": self.history, "best": self.best, "seconds": self.seconds,
-                "random": torch.get_rng_state(),
-                "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None}
+        cuda = self.device.type == "cuda"
+        return {"format": "poselift", "version": 1, "recipe": dataclasses.asdict(self.recipe), "data": self.trained_on,
+                "data_print": self.data_print, "temperature": getattr(self.model, "temperature", None), "epoch": self.step / self.epoch_steps, "model": self.model.state_dict(),
+                "refinement": self.refinement.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
+                "losses": self.losses, "history": self.history, "best": self.best, "last": self.last,
+                "seconds": self.seconds, "random": torch.get_rng_state(),
+                "random_cuda": torch.cuda.get_rng_state(self.device) if cuda else None}
 
     def save(self):
         """last.pt, written whole or not at all; the one before stays until then."""
         data.write_atomically(self.out / "last.pt", lambda file: torch.save(self.state(), file))
+
+    def save_best(self, epoch, scores):
+        """best.pt: the weights that were best on the test set so far, as eval.load_model reads them."""
+        self.best = {"epoch": epoch, **scores}
+        kept = {k: v for k, v in self.state().items() if k in (
+            "format", "version", "recipe", "data", "temperature", "model", "refinement")}
+        data.write_atomically(self.out / "best.pt", lambda file: torch.save({**kept, "epoch": epoch}, file))
 
     def resume(self):
         """Continue from last.pt where there is one. InputError: it belongs to another recipe or other data."""
@@ -328,17 +384,22 @@ class Run:
         if not path.exists():
             return
         state = data.read_torch(path)
-        theirs, ours = state.get("recipe", {}), dataclasses.asdict(self.recipe)
+        if not isinstance(state, dict) or not state.keys() >= self.state().keys():
+            raise InputError(f"{path}: not the state of a run: remove it, or give another --out")
+        theirs, ours = state["recipe"], dataclasses.asdict(self.recipe)
         differ = [f"{k} {theirs.get(k)!r} there, {v!r} here" for k, v in ours.items() if theirs.get(k) != v]
-        if state.get("data") != self.trained_on:
-            differ.append(f"data {state.get('data')!r} there, {self.trained_on!r} here")
         if differ:
             raise InputError(f"{path}: a run of another recipe ({'; '.join(differ[:3])}): give another --out, or remove it")
+        if state["data_print"] != self.data_print:
+            raise InputError(f"{path}: a run on other data ({state['data']}, {state['data_print']}; here {self.trained_on}, "
+                             f"{self.data_print}): give another --out, or remove it")
         self.model.load_state_dict(state["model"])
         self.refinement.load_state_dict(state["refinement"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.losses.copy_(state["losses"])
-        for name in ("step", "history", "best", "seconds"):
+        if state["temperature"] is not None:
+            self.model.temperature = state["temperature"]
+        for name in ("step", "history", "best", "last", "seconds"):
             setattr(self, name, state[name])
         torch.set_rng_state(state["random"])
         if state["random_cuda"] is not None and self.device.type == "cuda":
@@ -368,7 +429,7 @@ class Run:
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16" and (
             self.device.type == "cuda" and torch.cuda.is_bf16_supported()))
         total = torch.zeros((), device=self.device)
-        for part in chunk.split(recipe.micro_batch or len(chunk)):
+        for part in batches(chunk, recipe.micro_batch or len(chunk)):
             flip = part >= len(self.store) if recipe.flips else None
             index = part % len(self.store)
             with autocast:
@@ -387,18 +448,18 @@ class Run:
         self.step += 1
 
     def check_finite(self, steps):
-        """RuntimeError unless the last `steps` losses of this epoch are finite: which step was not."""
-        losses = self.losses[:steps]
-        if not torch.isfinite(losses).all():
-            first = int((~torch.isfinite(losses)).nonzero()[0])
-            step = (self.step - 1) // self.epoch_steps * self.epoch_steps + first + 1
-            raise InputError(f"the loss of step {step} is {losses[first].item()}: stopped; {self.out / 'last.pt'} holds the "
-                             "last good state; a smaller --lr or --clip 1 may help")
+        """InputError unless the first `steps` losses of this epoch are finite: which step was not."""
+        bad = (~torch.isfinite(self.losses[:steps])).nonzero().flatten().tolist()
+        if bad:
+            step = (self.step - 1) // self.epoch_steps * self.epoch_steps + bad[0] + 1
+            kept = f"{self.out / 'last.pt'} holds the last good state" if (self.out / "last.pt").exists() else "nothing is saved"
+            raise InputError(f"the loss of step {step} is {self.losses[bad[0]].item()}: stopped, {kept}; a smaller --lr or "
+                             "--clip 1 may help")
 
 
 @contextmanager
 def locked(out):
-    """Hold a folder for one run; InputError where another live process holds it. A crash lets go of it by itself."""
+    """Hold a folder for one run; Busy where another live process holds it. A crash lets go of it by itself."""
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
         file = open(Path(out) / "lock", "w")
@@ -416,65 +477,64 @@ class Busy(InputError):
     """A run's folder that another process holds."""
 
 
+@contextmanager
+def signals():
+    """Yields a list that SIGINT and SIGTERM put their number into, instead of ending the process at once."""
+    caught = []
+    previous = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+SAVE_SECONDS = 600  # at most this much work is lost to a crash
+
+
 def train(recipe, folder="data", out=None, device=None, quiet=False):
     """Train a recipe on the data in `folder`, continuing what `out` holds, and return the result as a plain dict.
 
     The result (also out/result.json): recipe, data, frames, parameters, the last and the best epoch's scores on the
-    test set (mm, per action and on average), the two yardsticks, time, seed, versions, device.
+    test set (mm, per action and on average), the two yardsticks, time, seed, versions, device. SIGINT and SIGTERM
+    finish the step, save and raise SystemExit(128 + signal).
     InputError: missing or broken data, an impossible recipe, a folder with another run, a loss that is not finite.
     """
-    out = Path(out or Path("results") / recipe.name)
-    with locked(out):
-        return _train(recipe, folder, out, evaluation.pick_device(device), quiet)
-
-
-def _train(recipe, folder, out, device, quiet):
-    if recipe.precision != "float32" and device.type == "cuda":
+    check_recipe(recipe)
+    device, out = evaluation.pick_device(device), Path(out or Path("results") / recipe.name)
+    if device.type == "cuda" and recipe.precision != "float32":
         torch.set_float32_matmul_precision("high")
-    sequences = {split: data.load_dataset(recipe, folder, split) for split in ("train", "test")}
-    skeleton = data.SKELETONS[recipe.skeleton]
-    stores = {split: data.FrameStore(s, recipe.normalise, skeleton, device, target=recipe.target)
-              for split, s in sequences.items()}
-    run = Run(recipe, stores["train"], out, device)
-    run.trained_on = data.provenance(sequences["train"])
-    run.resume()
-    show = Progress(run, quiet)
-    stop = []
-    previous = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        saved = time.monotonic()
+    stores = {split: make_store(recipe, folder, split, device) for split in ("train", "test")}
+    with locked(out), signals() as stop:
+        run = Run(recipe, stores["train"], out, device, data.provenance(stores["train"].sequences), fingerprint(stores))
+        run.resume()
+        show, saved = Progress(run, quiet), time.monotonic()
         while run.step < run.total_steps:
             epoch, first = divmod(run.step, run.epoch_steps)
-            run.begin_epoch(epoch)
-            order = epoch_order(recipe, len(stores["train"]), epoch).to(device)
             last = min(run.epoch_steps, run.total_steps - epoch * run.epoch_steps)
-            started = time.perf_counter()
-            for chunk in order[first * recipe.batch:last * recipe.batch].split(recipe.batch):
+            run.begin_epoch(epoch)
+            order, started = epoch_order(recipe, len(run.store), epoch).to(device), time.perf_counter()
+            for done, chunk in enumerate(batches(order, recipe.batch)[first:last], first + 1):
                 run.train_step(chunk)
                 show.step()
-                if stop or time.monotonic() - saved > 600:
-                    run.check_finite(run.step % run.epoch_steps or last)
+                if stop or done == last or time.monotonic() - saved > SAVE_SECONDS:
+                    run.check_finite(done)
                     run.seconds += time.perf_counter() - started
-                    started = time.perf_counter()
-                    if run.step < (epoch * run.epoch_steps + last):  # else the end of the epoch saves
-                        run.save()
-                        saved = time.monotonic()
+                    if done == last:
+                        end_epoch(run, stores["test"], last, show)
+                    run.save()
                     if stop:
-                        break
-            run.check_finite(run.step % run.epoch_steps or last)
-            run.seconds += time.perf_counter() - started
-            if run.step % run.epoch_steps == 0 or run.step == run.total_steps:
-                end_epoch(run, stores["test"], last, show)
-                run.save()
-                saved = time.monotonic()
-            if stop:
-                raise SystemExit(128 + stop[0])
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    result = finish(run, stores)
+                        raise SystemExit(128 + stop[0])
+                    saved, started = time.monotonic(), time.perf_counter()
+        result = finish(run, stores)
     data.write_atomically(out / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
     return result
+
+
+def make_store(recipe, folder, split, device):
+    """The recipe's frames of a split ("train" or "test"), on the device."""
+    return data.FrameStore(data.load_dataset(recipe, folder, split), recipe.normalise, data.SKELETONS[recipe.skeleton],
+                           device, target=recipe.target)
 
 
 def end_epoch(run, test_store, steps, show):
@@ -483,14 +543,10 @@ def end_epoch(run, test_store, steps, show):
     row = {"epoch": epoch, "loss": run.losses[:steps].mean().item(), "lr": run.optimizer.param_groups[0]["lr"],
            "mpjpe": None, "p_mpjpe": None, "seconds": round(run.seconds, 1)}
     if epoch % recipe.eval_every == 0 or run.step == run.total_steps:
-        scores = evaluation.evaluate(run.model, test_store, flip=recipe.flip_test)
-        row.update(mpjpe=scores["mpjpe"], p_mpjpe=scores["p_mpjpe"])
-        run.last = scores
-        if run.best is None or scores["mpjpe"] < run.best["mpjpe"]:
-            run.best = {"epoch": epoch, **scores}
-            data.write_atomically(run.out / "best.pt", lambda file: torch.save(
-                {**{k: v for k, v in run.state().items() if k in ("format", "version", "recipe", "data", "model")},
-                 "epoch": epoch}, file))
+        run.last = evaluation.evaluate(run.model, test_store, flip=recipe.flip_test)
+        row["mpjpe"], row["p_mpjpe"] = evaluation.headline(run.last, recipe.data)
+        if run.best is None or row["mpjpe"] < evaluation.headline(run.best, recipe.data)[0]:
+            run.save_best(epoch, run.last)
     run.history.append(row)
     text = io.StringIO()
     writer = csv.DictWriter(text, row)
@@ -503,16 +559,15 @@ def end_epoch(run, test_store, steps, show):
 def finish(run, stores):
     """The result of a finished run: what was trained on what, its scores beside the yardsticks, and where."""
     recipe = run.recipe
-    last = getattr(run, "last", None) or evaluation.evaluate(run.model, stores["test"], flip=recipe.flip_test)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                             cwd=Path(__file__).parent).stdout.strip()
     result = {"recipe": dataclasses.asdict(recipe), "data": run.trained_on, "train_frames": len(stores["train"]),
-              "test_frames": len(stores["test"]), "parameters": parameters(recipe),
-              "epochs": run.step / run.epoch_steps, "last": last, "best": run.best,
-              "yardsticks": evaluation.yardsticks(stores["train"], stores["test"]), "seconds": run.seconds,
-              "seed": recipe.seed, "commit": commit, "torch": torch.__version__, "python": platform.python_version(),
+              "test_frames": len(stores["test"]), "parameters": parameters(recipe), "epochs": run.step / run.epoch_steps,
+              "last": run.last, "best": run.best, "yardsticks": evaluation.yardsticks(stores["train"], stores["test"]),
+              "seconds": run.seconds, "seed": recipe.seed, "commit": commit, "torch": torch.__version__,
+              "python": platform.python_version(),
               "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else
-              f"{torch.get_num_threads()} CPU threads"}
+              f"{torch.get_num_threads()} CPU thread" + "s" * (torch.get_num_threads() > 1)}
     if recipe.refine:
         pose = evaluation.predict(run.model, stores["test"], flip=recipe.flip_test).to(run.device)
         with torch.no_grad():
@@ -556,6 +611,114 @@ class Progress:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Speed: each fast form against the plain one, in one run
+
+
+def plain_grid_conv(layer, x):
+    """D-GridConv (or GridConv) as one first writes Eq. 8, for padding ("circular", "replicate"): for each branch pad,
+    unfold, scale by alpha, one matrix product; add the branches. x (B, C_in, H, P) -> (B, C_out, H, P)."""
+    B, C, H, P = x.shape
+    K, out = layer.kernel_size, 0
+    alpha = 1 if type(layer) is gridconv.GridConv else layer.attention(x).reshape(B, 1, H * P, K * K).transpose(2, 3)
+    for branch, mode in enumerate(("circular", "replicate")):
+        padded = F.pad(x, (K // 2,) * 4, mode=mode)
+        patches = F.unfold(padded, K).view(B, C, K * K, H * P) * alpha
+        out = out + (layer.weight[branch].flatten(1) @ patches.flatten(1, 2)).view(B, -1, H, P)
+    return out if layer.bias is None else out + layer.bias.sum(0)[:, None, None]
+
+
+def plain_network(network):
+    """A copy of a GridLiftingNetwork whose layers are plain_grid_conv."""
+    network = copy.deepcopy(network)
+    for layer in network.modules():
+        if isinstance(layer, gridconv.GridConv):
+            layer.forward = functools.partial(plain_grid_conv, layer)
+    return network
+
+
+class SampleByFrame(torch.utils.data.Dataset):
+    """Windows fetched one by one on the host, as most code in the field does: what the frame store is measured against."""
+
+    def __init__(self, store, frames):
+        self.store, self.frames = store, frames
+        self.pose, self.target = store.input.cpu().numpy(), store.target.cpu().numpy()
+        self.bounds = list(zip(store.first.tolist(), store.last.tolist()))
+
+    def __len__(self):
+        return len(self.pose)
+
+    def __getitem__(self, i):
+        (first, last), half = self.bounds[i], self.frames // 2
+        window = self.pose[max(first, i - half):min(last, i + half) + 1]
+        missing = (half - (i - first) if i - first < half else 0, half - (last - i) if last - i < half else 0)
+        return np.pad(window, (missing, (0, 0), (0, 0)), mode="edge"), self.target[i]
+
+
+def interleaved(fast, plain, pairs=7):
+    """(seconds of fast, seconds of plain, ratio): medians over interleaved pairs, after one of each to warm up."""
+    def clock(run):
+        started = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+    clock(fast), clock(plain)
+    times = [(clock(fast), clock(plain)) for _ in range(pairs)]
+    return (*(statistics.median(column) for column in zip(*times)), statistics.median(p / f for f, p in times))
+
+
+def bench(device=None):
+    """Print how much faster the fast forms are than the plain ones, measured side by side on this machine."""
+    device = evaluation.pick_device(device)
+    torch.manual_seed(0)
+    a = torch.randn(2048, 2048, device=device)
+    seconds = interleaved(lambda: a @ a, lambda: a @ a)[0]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}; float32 matrix products at {2 * 2048 ** 3 / seconds / 1e9:.0f} GFLOP/s\n")
+    rows = []
+
+    def row(label, fast, plain, samples=None):
+        times = interleaved(fast, plain)
+        rate = f"{samples / times[0]:,.0f}" if samples else None
+        rows.append([label, f"{times[2]:.2f}x", f"{1000 * times[0]:.1f}", f"{1000 * times[1]:.1f}", rate])
+
+    x = torch.randn(200, 256, 5, 5, device=device)
+    layer, push = gridconv.DynamicGridConv(256, 256).to(device), torch.randn(200, 256, 5, 5, device=device)
+    fast_x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    plain_x = x.clone().requires_grad_()
+    row("D-GridConv layer, forward and backward (batch 200, C = 256)", lambda: layer(fast_x).backward(push),
+        lambda: plain_grid_conv(layer, plain_x).backward(push))
+    network = gridconv.GridLiftingNetwork().to(device)
+    pose, target = torch.randn(200, 17, 2, device=device), torch.randn(200, 17, 3, device=device)
+
+    def step(model):
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+
+        def run():
+            optimizer.zero_grad()
+            (model(pose) - target).square().mean().backward()
+            optimizer.step()
+        return run
+
+    def lift(model):
+        def run():
+            with torch.no_grad():
+                model(pose)
+        return run
+
+    plain = plain_network(network)
+    row("GridConv network, training step (batch 200)", step(network), step(plain), 200)
+    row("GridConv network, evaluation (batch 200)", lift(network.eval()), lift(plain.eval()), 200)
+    store = data.FrameStore(data.synthesize(0), "width", data.SKELETONS["h36m17"], device)
+    for frames, batch in ((1, 200), (27, 64)):
+        loader = iter(torch.utils.data.DataLoader(SampleByFrame(store, frames), batch, shuffle=True))
+        order = iter(torch.randperm(len(store), device=device).split(batch))
+        row(f"feeding, T = {frames} (batch {batch}), against a Dataset and DataLoader", lambda: store.batch(next(order), frames),
+            lambda: [part.to(device) for part in next(loader)], batch)
+    print(evaluation.markdown(["what", "ratio", "ms", "plain ms", "poses/s"], rows))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -577,10 +740,11 @@ def parse_value(text, default):
 
 def add_recipe_options(parser):
     """An option for every recipe field; left out, the recipe's own value stands."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Recipe), re.M))
     for field in dataclasses.fields(Recipe):
         if field.name not in ("name", "row", "ours", "paper_mpjpe", "paper_p_mpjpe"):
-            parser.add_argument("--dataset" if field.name == "data" else "--" + field.name.replace("_", "-"),
-                                dest="field_" + field.name, metavar="VALUE")
+            parser.add_argument("--dataset" if field.name == "data" else "--" + field.name.replace("_", "-"), metavar="VALUE",
+                                dest="field_" + field.name, help=comments.get(field.name, "").replace("%", "%%") or None)
 
 
 def with_options(recipe, args):
@@ -645,19 +809,19 @@ ABLATIONS = {
 
 
 def step_seconds(recipe, folder, device=None, steps=12):
-    """Seconds of a training step of the recipe on the data in `folder`: the median of `steps`, after three others."""
+    """(seconds of a training step, steps an epoch) of the recipe on the data in `folder`: the median of `steps` steps,
+    after three others."""
     device = evaluation.pick_device(device)
-    store = data.FrameStore(data.load_dataset(recipe, folder, "train"), recipe.normalise, data.SKELETONS[recipe.skeleton],
-                            device, target=recipe.target)
-    run = Run(dataclasses.replace(recipe, epochs=1.0, stage_one_epochs=1.0 if recipe.reconstruct else 0.0), store, ".", device)
+    run = Run(dataclasses.replace(recipe, epochs=1.0, stage_one_epochs=1.0 * recipe.reconstruct),
+              make_store(recipe, folder, "train", device), ".", device)
     run.begin_epoch(0)
     times = []
-    for chunk in epoch_order(recipe, len(store), 0).to(device).split(recipe.batch)[:steps + 3]:
+    for chunk in batches(epoch_order(recipe, len(run.store), 0).to(device), recipe.batch)[:steps + 3]:
         started = time.perf_counter()
         run.train_step(chunk)
         run.losses.sum().item()  # waits for a GPU
         times.append(time.perf_counter() - started)
-    return sorted(times[3:])[len(times[3:]) // 2], run.epoch_steps
+    return statistics.median(times[3:] or times), run.epoch_steps
 
 
 def ablate(table, folder, out, minutes, seeds, base_options, device=None):
@@ -668,17 +832,23 @@ def ablate(table, folder, out, minutes, seeds, base_options, device=None):
     """
     if table not in ABLATIONS:
         raise InputError(f"table: unknown {table!r}, expected one of {', '.join(ABLATIONS)}")
+    if not 0 < minutes < 1e6 or seeds < 1:
+        raise InputError(f"--minutes {minutes:g}, --seeds {seeds}: expected numbers above 0")
     base, paper_is, rows = ABLATIONS[table]
     base, out = base_options(RECIPES[base]), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    check_recipe(base)
     plan = out / "epochs.json"
     if not plan.exists():
         epochs = {}
         for label, (_, fields) in rows.items():
             seconds, steps = step_seconds(dataclasses.replace(base, **fields), folder, device)
-            epochs[label] = round(minutes * 60 / seconds / steps, 2)
-        data.write_atomically(plan, lambda file: file.write(json.dumps(epochs, indent=1).encode()))
-    epochs = json.loads(plan.read_text())
+            epochs[label] = max(0.01, round(minutes * 60 / seconds / steps, 2))
+        text = json.dumps({"minutes": minutes, "epochs": epochs}, indent=1)
+        data.write_atomically(plan, lambda file: file.write(text.encode()))
+    planned = json.loads(plan.read_text())
+    if planned["minutes"] != minutes:
+        raise InputError(f"{plan}: planned for {planned['minutes']:g} minutes a run, now {minutes:g}: give another --out")
+    epochs = planned["epochs"]
     runs = {}
     for seed in range(seeds):  # seed by seed, so that an unfinished table is already fair
         for label, (_, fields) in rows.items():
@@ -704,9 +874,8 @@ def ablate(table, folder, out, minutes, seeds, base_options, device=None):
     lines = []
     for label, (paper, _) in rows.items():
         mine = [results[label, seed] for seed in range(seeds)]
-        scores = torch.tensor([r["last"]["mpjpe"] for r in mine])
-        line = [label, f"{epochs[label]:g}", scores.mean().item(), (scores.max() - scores.min()).item(), *scores.tolist(),
-                sum(r["last"]["p_mpjpe"] for r in mine) / seeds, paper]
+        scores, aligned = zip(*(evaluation.headline(r["last"], base.data) for r in mine))
+        line = [label, f"{epochs[label]:g}", sum(scores) / seeds, max(scores) - min(scores), *scores, sum(aligned) / seeds, paper]
         if learnt:
             line += [", ".join(str(r["autogrids"]["cells_changed"]) for r in mine) if "autogrids" in mine[0] else None,
                      ", ".join(str(r["autogrids"]["dropped"] or "none") for r in mine) if "autogrids" in mine[0] else None]
@@ -726,34 +895,41 @@ def report_table(results):
               "paper MPJPE", "paper P-MPJPE"]
     lines, other = [], False
     for r in results:
-        true = r["data"] == evaluation.HUMAN36M
+        recipe, true = r["recipe"], r["data"] == evaluation.HUMAN36M
         other |= not true
-        paper = [r["recipe"][k] or None if true else None for k in ("paper_mpjpe", "paper_p_mpjpe")]
-        lines.append([r["recipe"]["name"], r["data"], f"{r['test_frames']:,}", r["last"]["mpjpe"], r["last"]["p_mpjpe"],
-                      r["best"]["mpjpe"], r["yardsticks"]["mean_pose"], r["yardsticks"]["affine"], r["seconds"] / 60, *paper])
+        paper = [recipe[k] or None if true else None for k in ("paper_mpjpe", "paper_p_mpjpe")]
+        lines.append([recipe["name"], r["data"], f"{r['test_frames']:,}", *evaluation.headline(r["last"], recipe["data"]),
+                      evaluation.headline(r["best"], recipe["data"])[0], r["yardsticks"]["mean_pose"],
+                      r["yardsticks"]["affine"], r["seconds"] / 60, *paper])
     text = evaluation.markdown(header, lines) + (
-        "\n\nErrors in mm on the test split, averaged over its actions: of the last epoch, and of the epoch that was best on "
-        "the test\nset (what the papers quote). Yardsticks: predicting the training mean pose, and the best affine map of "
-        "the 2D pose.")
+        "\n\nErrors in mm on the test split, of the last epoch and of the epoch that was best on the test set (what the papers "
+        "quote):\nunweighted over the actions on Human3.6M, over all frames elsewhere. Yardsticks, over all frames: predicting "
+        "the training\nmean pose, and the best affine map of the 2D pose. Minutes of training, evaluation not counted.")
     if other:
-        text += ("\n\nThis is not Human3.6M where the data column says otherwise, and those figures do not compare with the "
+        text += ("\n\nThe data column says what a run was measured on: where it is not Human3.6M, no figure compares with the "
                  "papers'.\nFor the papers' numbers put Human3.6M into data/ (README, section Data) and run bash reproduce.sh again.")
     return text
 
 
 def write_report(folder):
-    """report.md and report.json of every finished run below a folder; returns the text."""
+    """report.md and report.json of every finished run below a folder; returns the table."""
     paths = sorted(Path(folder).glob("*/result.json"), key=lambda p: p.stat().st_mtime)
     if not paths:
         raise InputError(f"{folder}: no finished runs (*/result.json); train one first")
-    results = [json.loads(path.read_text()) for path in paths]
-    parts = ["# Report", report_table(results)]
-    for r in results:
-        recipe = argparse.Namespace(**r["recipe"])
-        parts += [f"## {recipe.name}: {recipe.row}", f"seed {r['seed']}, commit {r['commit'] or 'unknown'}, {r['device']}, "
-                  f"torch {r['torch']}, Python {r['python']}, {r['parameters']:,} parameters, {r['epochs']:g} epochs"
-                  + (f"; ours: {recipe.ours}" if recipe.ours else ""),
-                  evaluation.report(r["last"], r["data"], recipe)]
+    results, parts = [], []
+    for path in paths:
+        try:
+            r = json.loads(path.read_text())
+            report_table([r])
+            recipe = argparse.Namespace(**r["recipe"])
+            parts += [f"## {recipe.name}: {recipe.row}",
+                      f"seed {r['seed']}, commit {r['commit'] or 'unknown'}, {r['device']}, torch {r['torch']}, Python "
+                      f"{r['python']}, {r['parameters']:,} parameters, {r['epochs']:g} epochs"
+                      + (f"; ours: {recipe.ours}" if recipe.ours else ""), evaluation.report(r["last"], r["data"], recipe)]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: not a result of train.py ({error}): remove it") from None
+        results.append(r)
+    parts = ["# Report", report_table(results), *parts]
     data.write_atomically(Path(folder) / "report.md", lambda file: file.write(("\n\n".join(parts) + "\n").encode()))
     data.write_atomically(Path(folder) / "report.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
     return parts[1]
@@ -761,9 +937,9 @@ def write_report(folder):
 
 def main(argv=None):
     """Run the command line; see the module's docstring."""
-    parser = evaluation.Parser(prog="train.py", description=__doc__, allow_abbrev=False,
+    parser = data.Parser(prog="train.py", description=__doc__, allow_abbrev=False,
                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", help="a recipe's name (--list shows them), or ablate, or report")
+    parser.add_argument("recipe", nargs="?", help="a recipe's name (--list shows them), or ablate, report or bench")
     parser.add_argument("what", nargs="?", help="with ablate: the table; with report: the folder")
     parser.add_argument("--list", action="store_true", help="show the recipes")
     parser.add_argument("--data", default="data", metavar="DIR", help="the folder with the data (default: data)")
@@ -777,6 +953,8 @@ def main(argv=None):
         list_recipes()
     elif args.recipe == "report":
         print(write_report(args.what or "results"))
+    elif args.recipe == "bench":
+        bench(args.device)
     elif args.recipe == "ablate":
         print(ablate(args.what, args.data, args.out or f"results/ablate-{args.what}", args.minutes, args.seeds,
                      lambda recipe: with_options(recipe, args), args.device))
