@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import struct
 import subprocess
@@ -3263,3 +3264,25 @@ def test_training_beats_the_affine_yardstick(run_folder):
 
 
 data_synthesize_whole = data.synthesize
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# README.md
+
+
+def test_readme_example_runs_and_its_commands_exist():
+    text = (HERE / "README.md").read_text()
+    assert "@@" not in text
+    for example in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(compile(example, "README.md", "exec"), {})
+    named = re.findall(r"python train\.py ([\w-]+)(?: ([\w-]+))?", text)
+    assert len(named) > 10
+    for first, second in named:
+        assert first in {*train.RECIPES, "bench", "ablate", "report"} and (first != "ablate" or second in train.ABLATIONS)
+
+
+def test_readme_names_every_field_where_paper_and_release_differ():
+    text = (HERE / "README.md").read_text()
+    fields = {field.name for field in dataclasses.fields(train.Recipe)}
+    for name in ("padding", "anneal_epochs", "norm_schedule", "jitter", "skip"):
+        assert name in fields and f"`{name}" in text

@@ -361,7 +361,8 @@ class Run:
         """Everything that resuming needs, as plain values and tensors."""
         cuda = self.device.type == "cuda"
         return {"format": "poselift", "version": 1, "recipe": dataclasses.asdict(self.recipe), "data": self.trained_on,
-                "data_print": self.data_print, "temperature": getattr(self.model, "temperature", None), "epoch": self.step / self.epoch_steps, "model": self.model.state_dict(),
+                "data_print": self.data_print, "epoch": self.step / self.epoch_steps, "model": self.model.state_dict(),
+                "temperature": getattr(self.model, "temperature", None),
                 "refinement": self.refinement.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
                 "losses": self.losses, "history": self.history, "best": self.best, "last": self.last,
                 "seconds": self.seconds, "random": torch.get_rng_state(),
@@ -782,7 +783,7 @@ def list_recipes():
 # noise_epochs is a fraction of the run here
 _LAYOUTS = {"random": (38.1, dict(layout="random")), "handcrafted": (37.1, {}),
             "learnable": (36.4, dict(layout="autogrids", noise_epochs=0.1)),
-            "learnable from random logits": (None, dict(layout="autogrids-random")),
+            "learnable from random logits": (None, dict(layout="autogrids-random", grid_lr=3.0)),
             "those random logits, frozen": (None, dict(layout="autogrids-random", grid_lr=0.0))}
 _PAIRS = {"#1": "circular", "#2": "replicate", "#3": ("replicate", "circular"), "#4": ("circular", "replicate")}
 # table -> (base recipe, what the paper's figures are, {row: (paper's figure or None, fields)})
