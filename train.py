@@ -163,13 +163,13 @@ def _recipes():
     add("gridconv-mocap", "open mocap benchmark", base=small)
     add("gridconv-mocap-learnable", "open mocap benchmark", base=small, layout="autogrids", noise_epochs=1.2)
     small_gla = Recipe(data="mocap", method="glagcn", normalise="release-500", dropout=0.0, loss="mpjpe",
-                       lr=3e-3, batch=64, epochs=1.5, schedule="cosine-smooth", channels=32, head_scale=0.1,
+                       lr=3e-3, batch=64, epochs=3.0, schedule="cosine-smooth", channels=32, head_scale=0.1,
                        filter_widths=(3,) * 3, ours="everything but the network")
     add("glagcn-mocap", "open mocap benchmark", base=small_gla)
     tiny = dict(data="synthetic", batch=64, eval_every=2)
     grid = add("gridconv-synthetic", "embedded default", base=small, epochs=6.0, hidden=32, **tiny)
     add("gridconv-synthetic-learnable", "embedded default", base=grid, layout="autogrids", noise_epochs=0.6)
-    add("glagcn-synthetic", "embedded default", base=small_gla, epochs=1.5, channels=24, **tiny)
+    add("glagcn-synthetic", "embedded default", base=small_gla, epochs=3.0, channels=24, **tiny)
     return {recipe.name: recipe for recipe in rows}
 
 
