@@ -398,8 +398,6 @@ class Run:
         self.refinement.load_state_dict(state["refinement"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.losses.copy_(state["losses"])
-        if state["temperature"] is not None:
-            self.model.temperature = state["temperature"]
         for name in ("step", "history", "best", "last", "seconds"):
             setattr(self, name, state[name])
         torch.set_rng_state(state["random"])
