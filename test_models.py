@@ -3276,7 +3276,7 @@ def test_readme_example_runs_and_its_commands_exist():
     assert "@@" not in text
     for example in re.findall(r"```python\n(.*?)```", text, re.S):
         exec(compile(example, "README.md", "exec"), {})
-    named = re.findall(r"python train\.py ([\w-]+)(?: ([\w-]+))?", text)
+    named = re.findall(r"python train\.py (\w[\w-]*)(?: (\w[\w-]*))?", text)
     assert len(named) > 10
     for first, second in named:
         assert first in {*train.RECIPES, "bench", "ablate", "report"} and (first != "ablate" or second in train.ABLATIONS)
