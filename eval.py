@@ -621,14 +621,19 @@ def pick_device(name=None):
     return device
 
 
+def make_store(recipe, folder, split, device):
+    """The recipe's frames of a split ("train" or "test"), on the device."""
+    return data.FrameStore(data.load_dataset(recipe, folder, split), recipe.normalise, data.SKELETONS[recipe.skeleton],
+                           device, target=recipe.target)
+
+
 def load_store(model, folder, split, device="cpu"):
     """The frame store of the dataset that a model's recipe names; InputError where its joints are not the model's."""
     recipe, fitting = model.recipe, DATASETS.get(model.recipe.data, (model.recipe.skeleton,))
     if recipe.skeleton not in fitting:
         raise InputError(f"the model lifts the joints of {recipe.skeleton}, {recipe.data} data has those of "
                          f"{' or '.join(fitting)}: evaluate it on other data (--dataset)")
-    return data.FrameStore(data.load_dataset(recipe, folder, split), recipe.normalise, data.SKELETONS[recipe.skeleton],
-                           device=device, target=recipe.target)
+    return make_store(recipe, folder, split, device)
 
 
 def evaluate_command(argv):

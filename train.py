@@ -23,7 +23,6 @@ import inspect
 import io
 import json
 import math
-import os
 import platform
 import re
 import signal
@@ -45,6 +44,7 @@ import data
 import eval as evaluation
 import gridconv
 from data import InputError
+from eval import make_store
 from glagcn import Refinement, mean_distance
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -528,12 +528,6 @@ def train(recipe, folder="data", out=None, device=None, quiet=False):
         result = finish(run, stores)
     data.write_atomically(out / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
     return result
-
-
-def make_store(recipe, folder, split, device):
-    """The recipe's frames of a split ("train" or "test"), on the device."""
-    return data.FrameStore(data.load_dataset(recipe, folder, split), recipe.normalise, data.SKELETONS[recipe.skeleton],
-                           device, target=recipe.target)
 
 
 def end_epoch(run, test_store, steps, show):
