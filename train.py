@@ -425,8 +425,7 @@ class Run:
             group["lr"] = group["scale"] * learning_rate(recipe, epoch)
         if recipe.anneal_epochs:
             self.model.temperature = 1 + 29 * max(0.0, 1 - epoch / recipe.anneal_epochs)
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16" and (
-            self.device.type == "cuda" and torch.cuda.is_bf16_supported()))
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
         total = torch.zeros((), device=self.device)
         for part in batches(chunk, recipe.micro_batch or len(chunk)):
             flip = part >= len(self.store) if recipe.flips else None
