@@ -29,6 +29,7 @@ HUMANEVA15_EDGES = ((1, 14), (2, 1), (3, 2), (4, 3), (5, 1), (6, 5), (7, 6), (0,
 MPI3DHP_EDGES = ((14, 15), (15, 1), (1, 16), (16, 0), (1, 2), (2, 3), (3, 4), (1, 5), (5, 6), (6, 7), (14, 8), (8, 9),
                  (9, 10), (14, 11), (11, 12), (12, 13))
 
+CACHE_FLOATS = 400_000  # of x at a time on a CPU, in AdaptiveGraphConv
 TEMPORAL_KERNEL = 9  # Gamma; the release's, where the paper says 9 in one place and 3 in another
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,18 +115,24 @@ class AdaptiveGraphConv(nn.Module):
         C = torch.softmax(theta @ phi.transpose(-1, -2) / theta.shape[-1], dim=-2)
         return self.A + self.B + C
 
-    def forward(self, x):
+    def convolve(self, x):
+        """The sum of Eq. 2: (B, C_in, J, T) -> (B, C_out, J, T)."""
         batch, c_in, joints, frames = x.shape
         graph = self.graph(x).expand(batch, 3, joints, joints).transpose(-1, -2)
         if c_in <= len(self.W):  # x A_k for all three k in one product, then the W_k as the taps of one convolution
             rows = x.permute(0, 2, 3, 1).reshape(batch, joints, frames * c_in)
             rows = torch.bmm(graph.reshape(batch, 3 * joints, joints), rows).view(batch, 3 * joints, frames, c_in)
-            y = F.conv2d(rows.permute(0, 3, 1, 2), self.W, self.bias.sum(0), dilation=(joints, 1))
-        else:  # fewer channels go out than come in: W_k first
-            y = F.conv2d(x, self.W.permute(2, 0, 1, 3).reshape(-1, c_in, 1, 1))               # (B, 3 * C_out, J, T)
-            rows = y.unflatten(1, (3, -1)).permute(0, 1, 3, 4, 2).reshape(batch, 3 * joints, -1)
-            y = torch.bmm(graph.transpose(1, 2).reshape(batch, joints, 3 * joints), rows)
-            y = y.view(batch, joints, frames, -1).permute(0, 3, 1, 2) + self.bias.sum(0)[:, None, None]
+            return F.conv2d(rows.permute(0, 3, 1, 2), self.W, self.bias.sum(0), dilation=(joints, 1))
+        # fewer channels go out than come in: W_k first
+        y = F.conv2d(x, self.W.permute(2, 0, 1, 3).reshape(-1, c_in, 1, 1))                   # (B, 3 * C_out, J, T)
+        rows = y.unflatten(1, (3, -1)).permute(0, 1, 3, 4, 2).reshape(batch, 3 * joints, -1)
+        y = torch.bmm(graph.transpose(1, 2).reshape(batch, joints, 3 * joints), rows)
+        return y.view(batch, joints, frames, -1).permute(0, 3, 1, 2) + self.bias.sum(0)[:, None, None]
+
+    def forward(self, x):
+        # On a CPU a few samples at a time: what lies between, some six times x, then stays in the cache.
+        size = len(x) if x.is_cuda else max(1, CACHE_FLOATS // x[0].numel())
+        y = torch.cat([self.convolve(part) for part in x.split(size)])
         return torch.relu_(self.dropout(self.norm(y)).add_(self.shortcut(x)))
 
 

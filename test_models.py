@@ -3267,6 +3267,121 @@ def test_training_beats_the_affine_yardstick(run_folder):
 data_synthesize_whole = data.synthesize
 
 
+# --- several processes
+
+SHARED_RUN = """
+import sys, torch, data, test_models, train
+torch.set_default_dtype(torch.float64)
+with train.processes(torch.device("cpu")) as (rank, world, device):
+    run, store = test_models.shared_run(sys.argv[1], rank, world)
+    test_models.train_shared(run, lambda chunk: run.train_step(chunk))
+    if rank == 0:
+        torch.save([run.history, run.model.state_dict()], sys.argv[2])
+"""
+
+
+def shared_run(method, rank=0, world=1):
+    """A float64 run of two epochs with shares of unequal size, every kind of parameter and nothing random in a step."""
+    fields = dict(batch=7, dropout=0.0, epochs=2.0, clip=1.0)
+    recipe = tiny_recipe(**(fields if method == "gridconv" else {
+        **TINY_GLA, **fields, "reconstruct": True, "unshared_weight": 0.5, "stage_one_epochs": 1.0, "reconstruct_blocks": 1}))
+    sequences = data.synthesize(0, subjects=("S1",), motions=("walk",), frames=11 if method == "gridconv" else 7)
+    store = FrameStore(sequences, recipe.normalise, SKELETONS["h36m17"], dtype=torch.float64)
+    return train.Run(recipe, store, ".", torch.device("cpu"), rank=rank, world=world), store
+
+
+def train_shared(run, step, batches=None):
+    for epoch in range(2):
+        run.begin_epoch(epoch)
+        for chunk in (batches or run.batches)(train.epoch_order(run.recipe, len(run.store), epoch)):
+            step(chunk)
+        run.history.append(run.losses.clone())
+
+
+def shares_one_after_the_other(method):
+    """What two processes should do, by one: each half of a batch in turn, the gradients averaged."""
+    run, store = shared_run(method)
+    batches = lambda order: train.batches(order, run.recipe.batch, 4)
+    run.epoch_steps = len(batches(train.epoch_order(run.recipe, len(store), 0)))
+    run.losses = torch.zeros(run.epoch_steps)
+
+    def step(chunk):
+        for group in run.optimizer.param_groups:
+            group["lr"] = group["scale"] * train.learning_rate(run.recipe, run.step / run.epoch_steps)
+        parameters, total, gradients = [p for p in run.model.parameters() if p.requires_grad], 0, 0
+        for half in (chunk[:(len(chunk) + 1) // 2], chunk[(len(chunk) + 1) // 2:]):
+            flip = half >= len(store) if run.recipe.flips else None
+            loss = train.batch_loss(run.model, store, half % len(store), flip, run.recipe, run.stage_one)[0]
+            loss = loss * len(half) / len(chunk)
+            gradients = [g + new for g, new in zip(gradients or [0] * 999, torch.autograd.grad(loss, parameters))]
+            total += loss.item()
+        for p, g in zip(parameters, gradients):
+            p.grad = g
+        nn.utils.clip_grad_norm_(parameters, run.recipe.clip)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.losses[run.step % run.epoch_steps] = total
+        run.step += 1
+
+    train_shared(run, step, batches)
+    return run
+
+
+@pytest.mark.parametrize("method", ["gridconv", "glagcn"])
+def test_two_processes_equal_two_shares_one_after_the_other(tmp_path, method):
+    driver, out = tmp_path / "driver.py", tmp_path / "out.pt"
+    driver.write_text(SHARED_RUN)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*torchrun, str(driver), method, str(out)], capture_output=True, text=True, cwd=HERE,
+                          env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    losses, weights = torch.load(out, weights_only=True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        alone = shares_one_after_the_other(method)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for mine, theirs in zip(alone.history, losses):
+        torch.testing.assert_close(theirs, mine, rtol=1e-9, atol=1e-9)
+    for name, p in alone.model.named_parameters():
+        torch.testing.assert_close(weights[name], p.data, rtol=1e-7, atol=1e-9)
+
+
+@given(st.integers(4, 60), st.integers(4, 9), st.integers(1, 3))
+def test_shares_are_disjoint_and_cover_every_epoch(samples, size, world):
+    least = 2 * world
+    if size < least or samples < least:
+        return
+    order = torch.randperm(samples)
+    parts = train.batches(order, size, least)
+    assert torch.equal(torch.cat(parts), order) and all(len(part) >= least for part in parts)
+    for part in parts:
+        shares = part.tensor_split(world)
+        assert torch.equal(torch.cat(shares), part) and min(map(len, shares)) >= 2
+
+
+def test_torchrun_has_one_writer_and_saves_everyones_random_state(run_folder):
+    driver = run_folder / "driver.py"
+    driver.write_text(
+        "import sys, data, train; whole = data.synthesize\n"
+        "data.synthesize = lambda seed, **o: whole(seed, **{'frames': 8, 'subjects': ('S1', 'S9'), 'motions': ('walk',), **o})\n"
+        "data.run(lambda: train.main(sys.argv[1:]))")
+
+    def launch(processes, *options):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(driver)]
+        return subprocess.run([*launcher, "gridconv-synthetic", "--out", str(run_folder / "run"), "--hidden", "4", "--dropout", "0.1",
+                               "--batch", "16", "--epochs", "2", *options], capture_output=True, text=True, cwd=HERE,
+                              env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+
+    done = launch(2)
+    assert done.returncode == 0 and done.stdout.count("| gridconv-synthetic |") == 1, done.stderr[-2000:]
+    state = data.read_torch(run_folder / "run" / "last.pt")
+    assert len(state["random"]) == 2 and not torch.equal(state["random"][0][0], state["random"][1][0])
+    assert json.loads((run_folder / "run" / "result.json").read_text())["device"].startswith("2 x ")
+    assert "2 processes, here 1" in launch(1).stderr
+    assert "sync_norm: needs several processes on GPUs" in launch(2, "--sync-norm", "true", "--out", str(run_folder / "b")).stderr
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # README.md
 

@@ -3,6 +3,7 @@
     python train.py gridconv-synthetic                      # the embedded default, no data needed
     python train.py gridconv-mocap --data data              # after: python data.py bvh FOLDER --out data --name mocap ...
     python train.py glagcn-gt-243 --data data --seed 1      # a published row; any recipe field can be given as an option
+    torchrun --nproc-per-node 4 train.py glagcn-gt-243      # several GPUs (or CPU processes) share the recipe's batch
     python train.py --list                                  # every recipe, its table row and what data it needs
     python train.py ablate gridconv-5 --data data           # the rows of one table side by side, several seeds
     python train.py report results                          # the table of every run in a folder
@@ -23,6 +24,7 @@ import inspect
 import io
 import json
 import math
+import os
 import platform
 import re
 import signal
@@ -31,12 +33,14 @@ import subprocess
 import sys
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -107,6 +111,8 @@ class Recipe:
     flip_test: bool = False  # average with the mirrored prediction
     jitter: bool = False  # GLA-GCN's release rotates and scales each target's (x, y); off in the published recipes here
     precision: str = "float32"  # float32, tf32 or bf16 (autocast, where the device has it)
+    compile: bool = False  # torch.compile for the training step; with CUDA graphs on a GPU
+    sync_norm: bool = False  # several GPUs: batch-norm statistics of the whole batch instead of each process's share
     clip: float = 0.0  # largest gradient norm; 0: none
     eval_every: int = 1  # epochs between evaluations; the last epoch always is
     seed: int = 0
@@ -283,8 +289,44 @@ def jitter(target):
     return torch.stack([scale * (angle.cos() * x - angle.sin() * y), scale * (angle.sin() * x + angle.cos() * y), z], -1)
 
 
+class Objective(nn.Module):
+    """The loss of some samples (numbers as in `epoch_order`) as one module: what torch's DistributedDataParallel and
+    torch.compile wrap."""
+
+    def __init__(self, model, refinement, store, recipe):
+        super().__init__()
+        self.model, self.refinement, self.store, self.recipe = model, refinement, store, recipe
+
+    def forward(self, samples, stage_one):
+        flip = samples >= len(self.store) if self.recipe.flips else None
+        index = samples % len(self.store)
+        loss, prediction = batch_loss(self.model, self.store, index, flip, self.recipe, stage_one)
+        if self.recipe.refine and not stage_one:  # detached: the figure without it stays what it was
+            better = refined(self.refinement, self.store, prediction.detach(), index, flip)
+            loss = loss + mean_distance(better, self.store.pose_3d[index])
+        return loss
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
+
+
+@contextmanager
+def processes(device):
+    """(this process's rank, their number, its device): joined under torchrun, (0, 1, device) without it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield 0, 1, device
+        return
+    cuda = device.type == "cuda"
+    if cuda:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # Two hours: the others wait while one evaluates.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    try:
+        yield dist.get_rank(), dist.get_world_size(), device
+    finally:
+        dist.destroy_process_group()
 
 
 def epoch_order(recipe, frames, epoch):
@@ -294,11 +336,11 @@ def epoch_order(recipe, frames, epoch):
     return torch.randperm(frames * (2 if recipe.flips else 1), generator=generator)
 
 
-def batches(order, size):
-    """The samples in batches; the last partial one is kept, a single left-over sample (which batch norm cannot take)
-    joins the batch before it."""
+def batches(order, size, least=2):
+    """The samples in batches; the last partial one is kept, but fewer than `least` left-over samples (batch norm cannot
+    take a single one) join the batch before them."""
     parts = list(order.split(size))
-    return parts if len(parts) == 1 or len(parts[-1]) > 1 else [*parts[:-2], torch.cat(parts[-2:])]
+    return parts if len(parts) == 1 or len(parts[-1]) >= least else [*parts[:-2], torch.cat(parts[-2:])]
 
 
 def check_recipe(recipe):
@@ -341,43 +383,64 @@ def fingerprint(stores):
 class Run:
     """One training run: the model, what drives it, and all that must be saved to go on as if never interrupted."""
 
-    def __init__(self, recipe, store, out, device, trained_on="", data_print=()):
+    def __init__(self, recipe, store, out, device, trained_on="", data_print=(), rank=0, world=1):
+        if recipe.batch < 2 * world:
+            raise InputError(f"batch: {recipe.batch} for {world} processes, at least two samples each expected")
+        if recipe.sync_norm and (world == 1 or device.type != "cuda"):
+            raise InputError("sync_norm: needs several processes on GPUs (torchrun), torch has none on the CPU")
         torch.manual_seed(recipe.seed)
+        self.rank, self.world = rank, world
         self.recipe, self.store, self.out, self.device, self.trained_on = recipe, store, Path(out), device, trained_on
         self.data_print = list(data_print)
         self.model = evaluation.build_model(recipe).to(device)
         if recipe.method == "glagcn":
             for weight in self.model.head.parameters():
                 weight.data *= recipe.head_scale
+        if recipe.sync_norm:
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.refinement = Refinement(self.model.num_joints).to(device) if recipe.refine else nn.Module()
         self.optimizer = make_optimizer(recipe, self.model, self.refinement)
-        self.epoch_steps = len(batches(epoch_order(recipe, len(store), 0), recipe.batch))
+        self.objective = self.step_loss = Objective(self.model, self.refinement, store, recipe)
+        self.stage_one = None
+        if rank:  # noise of its own; the first process's is that of a single one
+            torch.manual_seed(recipe.seed + (rank << 41))
+        self.epoch_steps = len(self.batches(epoch_order(recipe, len(store), 0)))
         self.total_steps = max(1, round(recipe.epochs * self.epoch_steps))
         self.step = 0  # optimiser steps done
         self.losses = torch.zeros(self.epoch_steps, device=device)  # this epoch's, on the device: no synchronisation
         self.history, self.best, self.last, self.seconds = [], None, None, 0.0
 
-    def state(self):
-        """Everything that resuming needs, as plain values and tensors."""
-        cuda = self.device.type == "cuda"
+    def batches(self, order):
+        """The samples of an epoch in the recipe's batches, of which every process takes its share."""
+        return batches(order, self.recipe.batch, 2 * self.world)
+
+    def weights(self):
+        """What eval.load_model reads."""
         return {"format": "poselift", "version": 1, "recipe": dataclasses.asdict(self.recipe), "data": self.trained_on,
-                "data_print": self.data_print, "epoch": self.step / self.epoch_steps, "model": self.model.state_dict(),
-                "temperature": getattr(self.model, "temperature", None),
-                "refinement": self.refinement.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
-                "losses": self.losses, "history": self.history, "best": self.best, "last": self.last,
-                "seconds": self.seconds, "random": torch.get_rng_state(),
-                "random_cuda": torch.cuda.get_rng_state(self.device) if cuda else None}
+                "model": self.model.state_dict(), "temperature": getattr(self.model, "temperature", None),
+                "refinement": self.refinement.state_dict()}
+
+    def state(self):
+        """Everything that resuming needs, as plain values and tensors; every process has to call it."""
+        random = [torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None]
+        everyones = [random] * self.world
+        if self.world > 1:
+            dist.all_gather_object(everyones, random)
+        return {**self.weights(), "data_print": self.data_print, "epoch": self.step / self.epoch_steps, "step": self.step,
+                "optimizer": self.optimizer.state_dict(), "losses": self.losses, "history": self.history,
+                "best": self.best, "last": self.last,
+                "seconds": self.seconds, "random": everyones}
 
     def save(self):
         """last.pt, written whole or not at all; the one before stays until then."""
-        data.write_atomically(self.out / "last.pt", lambda file: torch.save(self.state(), file))
+        state = self.state()
+        if self.rank == 0:
+            data.write_atomically(self.out / "last.pt", lambda file: torch.save(state, file))
 
     def save_best(self, epoch, scores):
         """best.pt: the weights that were best on the test set so far, as eval.load_model reads them."""
         self.best = {"epoch": epoch, **scores}
-        kept = {k: v for k, v in self.state().items() if k in (
-            "format", "version", "recipe", "data", "temperature", "model", "refinement")}
-        data.write_atomically(self.out / "best.pt", lambda file: torch.save({**kept, "epoch": epoch}, file))
+        data.write_atomically(self.out / "best.pt", lambda file: torch.save({**self.weights(), "epoch": epoch}, file))
 
     def resume(self):
         """Continue from last.pt where there is one. InputError: it belongs to another recipe or other data."""
@@ -391,6 +454,9 @@ class Run:
         differ = [f"{k} {theirs.get(k)!r} there, {v!r} here" for k, v in ours.items() if theirs.get(k) != v]
         if differ:
             raise InputError(f"{path}: a run of another recipe ({'; '.join(differ[:3])}): give another --out, or remove it")
+        if len(state["random"]) != self.world:
+            raise InputError(f"{path}: a run of {len(state['random'])} processes, here {self.world}: give another --out, or "
+                             "remove it")
         if state["data_print"] != self.data_print:
             raise InputError(f"{path}: a run on other data ({state['data']}, {state['data_print']}; here {self.trained_on}, "
                              f"{self.data_print}): give another --out, or remove it")
@@ -400,9 +466,10 @@ class Run:
         self.losses.copy_(state["losses"])
         for name in ("step", "history", "best", "last", "seconds"):
             setattr(self, name, state[name])
-        torch.set_rng_state(state["random"])
-        if state["random_cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random_cuda"], self.device)
+        random, random_cuda = state["random"][self.rank]
+        torch.set_rng_state(random)
+        if random_cuda is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(random_cuda, self.device)
 
     def begin_epoch(self, epoch):
         """What changes between epochs: AutoGrids' noise, batch-norm momentum, the sequence head frozen for stage two."""
@@ -412,32 +479,40 @@ class Run:
         if recipe.norm_schedule:
             for norm in model.scheduled_norms():
                 norm.momentum = norm_momentum(epoch, recipe.epochs)
-        self.stage_one = recipe.reconstruct and epoch < recipe.stage_one_epochs
+        before, self.stage_one = self.stage_one, recipe.reconstruct and epoch < recipe.stage_one_epochs
         if recipe.reconstruct:
             model.sequence_head.requires_grad_(self.stage_one)
-        model.train()
-        self.refinement.train()
+        self.refinement.requires_grad_(not self.stage_one)  # several processes wait for each gradient that is wanted
+        self.objective.train()
+        if self.stage_one != before:
+            self.step_loss = self.objective
+            if self.world > 1:
+                self.step_loss = nn.parallel.DistributedDataParallel(self.objective)
+            if recipe.compile:
+                mode = "reduce-overhead" if self.device.type == "cuda" else None
+                self.step_loss = torch.compile(self.step_loss, mode=mode, dynamic=False)
 
     def train_step(self, chunk):
-        """One optimiser step on the samples `chunk`; its loss goes to self.losses."""
+        """One optimiser step on the samples `chunk`, of which this process takes its share; the loss of all goes to
+        self.losses."""
         recipe, epoch = self.recipe, self.step / self.epoch_steps
         for group in self.optimizer.param_groups:
             group["lr"] = group["scale"] * learning_rate(recipe, epoch)
         if recipe.anneal_epochs:
             self.model.temperature = 1 + 29 * max(0.0, 1 - epoch / recipe.anneal_epochs)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
+        share = chunk.tensor_split(self.world)[self.rank]
+        parts = batches(share, recipe.micro_batch or len(share))
         total = torch.zeros((), device=self.device)
-        for part in batches(chunk, recipe.micro_batch or len(chunk)):
-            flip = part >= len(self.store) if recipe.flips else None
-            index = part % len(self.store)
-            with autocast:
-                loss, prediction = batch_loss(self.model, self.store, index, flip, recipe, self.stage_one)
-                if recipe.refine and not self.stage_one:  # detached: the figure without it stays what it was
-                    better = refined(self.refinement, self.store, prediction.detach(), index, flip)
-                    loss = loss + mean_distance(better, self.store.pose_3d[index])
-            loss = loss * (len(part) / len(chunk))
-            loss.backward()
+        for part in parts:
+            alone = self.world > 1 and part is not parts[-1]  # gradients are averaged over the processes once a step
+            with self.step_loss.no_sync() if alone else nullcontext():
+                with autocast:
+                    loss = self.step_loss(part, self.stage_one) * (len(part) / len(chunk))
+                (loss * self.world).backward()
             total += loss.detach()
+        if self.world > 1:
+            dist.all_reduce(total)
         if recipe.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         self.optimizer.step()
@@ -495,38 +570,53 @@ def train(recipe, folder="data", out=None, device=None, quiet=False):
 
     The result (also out/result.json): recipe, data, frames, parameters, the last and the best epoch's scores on the
     test set (mm, per action and on average), the two yardsticks, time, seed, versions, device. SIGINT and SIGTERM
-    finish the step, save and raise SystemExit(128 + signal).
+    finish the step, save and raise SystemExit(128 + signal). Under torchrun the processes share each batch; the first
+    evaluates, writes and returns the result, the others None.
     InputError: missing or broken data, an impossible recipe, a folder with another run, a loss that is not finite.
     """
     check_recipe(recipe)
-    device, out = evaluation.pick_device(device), Path(out or Path("results") / recipe.name)
-    if device.type == "cuda" and recipe.precision != "float32":
-        torch.set_float32_matmul_precision("high")
-    stores = {split: make_store(recipe, folder, split, device) for split in ("train", "test")}
-    with locked(out), signals() as stop:
-        run = Run(recipe, stores["train"], out, device, data.provenance(stores["train"].sequences), fingerprint(stores))
-        run.resume()
-        show, saved = Progress(run, quiet), time.monotonic()
-        while run.step < run.total_steps:
-            epoch, first = divmod(run.step, run.epoch_steps)
-            last = min(run.epoch_steps, run.total_steps - epoch * run.epoch_steps)
-            run.begin_epoch(epoch)
-            order, started = epoch_order(recipe, len(run.store), epoch).to(device), time.perf_counter()
-            for done, chunk in enumerate(batches(order, recipe.batch)[first:last], first + 1):
-                run.train_step(chunk)
-                show.step()
-                if stop or done == last or time.monotonic() - saved > SAVE_SECONDS:
-                    run.check_finite(done)
-                    run.seconds += time.perf_counter() - started
-                    if done == last:
-                        end_epoch(run, stores["test"], last, show)
-                    run.save()
-                    if stop:
-                        raise SystemExit(128 + stop[0])
-                    saved, started = time.monotonic(), time.perf_counter()
-        result = finish(run, stores)
-    data.write_atomically(out / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
+    out = Path(out or Path("results") / recipe.name)
+    with processes(evaluation.pick_device(device)) as (rank, world, device):
+        if device.type == "cuda" and recipe.precision != "float32":
+            torch.set_float32_matmul_precision("high")
+        stores = {split: make_store(recipe, folder, split, device) for split in ("train", "test")}
+        with locked(out) if rank == 0 else nullcontext(), signals() as stop:  # one process writes
+            run = Run(recipe, stores["train"], out, device, data.provenance(stores["train"].sequences), fingerprint(stores),
+                      rank, world)
+            run.resume()
+            show, saved = Progress(run, quiet or rank > 0), time.monotonic()
+            while run.step < run.total_steps:
+                epoch, first = divmod(run.step, run.epoch_steps)
+                last = min(run.epoch_steps, run.total_steps - epoch * run.epoch_steps)
+                run.begin_epoch(epoch)
+                order, started = epoch_order(recipe, len(run.store), epoch).to(device), time.perf_counter()
+                for done, chunk in enumerate(run.batches(order)[first:last], first + 1):
+                    run.train_step(chunk)
+                    show.step()
+                    signal_caught, due = agreed(world, stop[0] if stop else 0, time.monotonic() - saved > SAVE_SECONDS)
+                    if signal_caught or due or done == last:
+                        run.check_finite(done)
+                        run.seconds += time.perf_counter() - started
+                        if done == last:
+                            end_epoch(run, stores["test"], last, show)
+                        run.save()
+                        if signal_caught:
+                            raise SystemExit(128 + signal_caught)
+                        saved, started = time.monotonic(), time.perf_counter()
+            if rank > 0:
+                return None
+            result = finish(run, stores)
+            data.write_atomically(out / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
     return result
+
+
+def agreed(world, *values):
+    """The largest of each whole number over all processes, so that all of them stop or save after the same step."""
+    if world == 1:
+        return values
+    values = torch.tensor([int(value) for value in values])
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.tolist()
 
 
 def end_epoch(run, test_store, steps, show):
@@ -534,12 +624,14 @@ def end_epoch(run, test_store, steps, show):
     recipe, epoch = run.recipe, math.ceil(run.step / run.epoch_steps)
     row = {"epoch": epoch, "loss": run.losses[:steps].mean().item(), "lr": run.optimizer.param_groups[0]["lr"],
            "mpjpe": None, "p_mpjpe": None, "seconds": round(run.seconds, 1)}
-    if epoch % recipe.eval_every == 0 or run.step == run.total_steps:
+    if run.rank == 0 and (epoch % recipe.eval_every == 0 or run.step == run.total_steps):
         run.last = evaluation.evaluate(run.model, test_store, flip=recipe.flip_test)
         row["mpjpe"], row["p_mpjpe"] = evaluation.headline(run.last, recipe.data)
         if run.best is None or row["mpjpe"] < evaluation.headline(run.best, recipe.data)[0]:
             run.save_best(epoch, run.last)
     run.history.append(row)
+    if run.rank:
+        return
     text = io.StringIO()
     writer = csv.DictWriter(text, row)
     writer.writeheader()
@@ -560,6 +652,8 @@ def finish(run, stores):
               "python": platform.python_version(),
               "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else
               f"{torch.get_num_threads()} CPU thread" + "s" * (torch.get_num_threads() > 1)}
+    if run.world > 1:
+        result["device"] = f"{run.world} x {result['device']}"
     if recipe.refine:
         pose = evaluation.predict(run.model, stores["test"], flip=recipe.flip_test).to(run.device)
         with torch.no_grad():
@@ -952,7 +1046,8 @@ def main(argv=None):
                      lambda recipe: with_options(recipe, args), args.device))
     elif args.recipe in RECIPES:
         result = train(with_options(RECIPES[args.recipe], args), args.data, args.out, args.device)
-        print(report_table([result]))
+        if result:
+            print(report_table([result]))
     else:
         raise InputError(f"recipe: {'none given' if args.recipe is None else f'unknown {args.recipe!r}'}; "
                          "python train.py --list shows them")
