@@ -129,6 +129,7 @@ def _tuples(value):
     return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
+METHODS = ("gridconv", "gridconv-temporal", "glagcn", "fc", "gcn")
 EDGES = {"h36m17": glagcn.H36M_EDGES, "humaneva15": glagcn.HUMANEVA15_EDGES, "3dhp17": glagcn.MPI3DHP_EDGES}
 
 
@@ -165,19 +166,27 @@ def build_model(recipe):
     """The network that a recipe describes, untrained, with `.recipe` set.
 
     `recipe` is any object with the fields method, skeleton and dropout, and for "gridconv" layout, layout_seed, grid,
-    padding, hidden, blocks, kernel_sizes, attention and temperature; for "glagcn" filter_widths, channels, reconstruct,
-    reconstruct_blocks, unshared_weight, causal, adaptive, temporal and head. The row, column and global layouts are
-    shuffles of the handcrafted one (Table B). Unknown names and impossible sizes are a ValueError.
+    padding, hidden, blocks, kernel_sizes, attention and temperature; for "gridconv-temporal" filter_widths in place of
+    blocks, kernel_sizes and attention; for "fc" and "gcn" hidden and blocks; for "glagcn" filter_widths, channels,
+    reconstruct, reconstruct_blocks, unshared_weight, causal, adaptive, temporal and head. The row, column and global
+    layouts are shuffles of the handcrafted one (Table B). Unknown names and impossible sizes are a ValueError.
     """
     if recipe.skeleton not in data.SKELETONS:
         raise InputError(f"skeleton {recipe.skeleton!r} unknown: one of {', '.join(data.SKELETONS)} expected")
     joints = len(data.SKELETONS[recipe.skeleton].joints)
     fields = lambda *names: {name: _tuples(getattr(recipe, name)) for name in names}
-    if recipe.method == "gridconv":
+    if recipe.method in ("gridconv", "gridconv-temporal"):
         layout = _layout(recipe, joints, _tuples(recipe.grid))
-        model = gridconv.GridLiftingNetwork(joints, layout, attention=recipe.attention or None, **fields(
-            "hidden", "blocks", "kernel_sizes", "padding", "dropout"))
+        if recipe.method == "gridconv":
+            model = gridconv.GridLiftingNetwork(joints, layout, attention=recipe.attention or None, **fields(
+                "hidden", "blocks", "kernel_sizes", "padding", "dropout"))
+        else:
+            model = gridconv.TemporalGridLiftingNetwork(joints, layout, **fields("filter_widths", "hidden", "padding", "dropout"))
         model.temperature = recipe.temperature
+    elif recipe.method == "fc":
+        model = gridconv.FullyConnectedLifter(joints, **fields("hidden", "blocks", "dropout"))
+    elif recipe.method == "gcn":
+        model = gridconv.GraphConvLifter(joints, data.SKELETONS[recipe.skeleton].edges, **fields("hidden", "blocks", "dropout"))
     elif recipe.method == "glagcn":
         if recipe.skeleton not in EDGES:
             raise InputError(f"GLA-GCN: no links for skeleton {recipe.skeleton!r}: one of {', '.join(EDGES)} expected")
@@ -185,7 +194,7 @@ def build_model(recipe):
             "filter_widths", "channels", "reconstruct", "reconstruct_blocks", "unshared_weight", "dropout", "causal",
             "adaptive", "temporal", "head"))
     else:
-        raise InputError(f"method {recipe.method!r} unknown: gridconv or glagcn expected")
+        raise InputError(f"method {recipe.method!r} unknown: one of {', '.join(METHODS)} expected")
     model.recipe = recipe
     return model
 
@@ -472,7 +481,7 @@ HUMAN36M = "Human3.6M"
 def paper_row(recipe):
     """The papers' per-action row that a recipe's settings stand for, as an entry of PAPER, or None."""
     detector = recipe.keypoints.split("_")[0]                                   # cpn_ft_h36m_dbb -> cpn
-    if recipe.skeleton != "h36m17":
+    if recipe.skeleton != "h36m17" or recipe.method not in ("gridconv", "glagcn"):
         return None
     if recipe.method == "gridconv":
         return PAPER.get(("gridconv", detector, recipe.target)) if recipe.layout == "autogrids" else None
