@@ -643,8 +643,8 @@ VARIANTS = {
     "7 x 3": lambda: gridconv.GridLiftingNetwork(layout=gridconv.random_layout(17, (7, 3)), hidden=8, blocks=1, dropout=0.0),
     "32 joints": lambda: gridconv.GridLiftingNetwork(32, gridconv.HANDCRAFTED_7X5, hidden=8, blocks=1, dropout=0.0),
     "temporal": lambda: gridconv.TemporalGridLiftingNetwork(filter_widths=(3, 3), hidden=8, dropout=0.0),
-    "temporal, learnable": lambda: gridconv.TemporalGridLiftingNetwork(layout=gridconv.AutoGrids(), filter_widths=(3,), hidden=8,
-                                                                       dropout=0.0),
+    "temporal, learnable": lambda: gridconv.TemporalGridLiftingNetwork(
+        layout=gridconv.AutoGrids(), filter_widths=(3,), hidden=8, dropout=0.0),
     "fc": lambda: gridconv.FullyConnectedLifter(hidden=16, dropout=0.0),
     "gcn": lambda: gridconv.GraphConvLifter(hidden=16, dropout=0.0),
     "gcn, 32 joints": lambda: gridconv.GraphConvLifter(32, SKELETONS["h36m32"].edges, hidden=16, dropout=0.0),
@@ -693,8 +693,8 @@ def test_handcrafted_layouts_keep_left_and_right():
             assert "left" not in [sides[joint] for joint in row[:2]] and "right" not in [sides[joint] for joint in row[3:]]
 
 
-@given(st.sampled_from([1, 3, 5]), grids, st.lists(st.sampled_from(MODES), min_size=1, max_size=2).map(tuple), st.integers(1, 2),
-       st.integers(0, 99))
+@given(st.sampled_from([1, 3, 5]), grids, st.lists(st.sampled_from(MODES), min_size=1, max_size=2).map(tuple),
+       st.integers(1, 2), st.integers(0, 99))
 @settings(max_examples=15)
 def test_temporal_gridconv_by_loops(frames, grid, padding, groups, seed):
     conv = shaken(gridconv.TemporalGridConv(2, 3, frames, padding, grid), seed)
@@ -759,8 +759,8 @@ def test_temporal_network_of_table_C():
     net.temperature = 2.0
     assert all(m.temperature == 2 for m in net.modules() if isinstance(m, gridconv.GridAttention))
     assert len(net.scheduled_norms()) == 5 + 3 + 3 + 1 + 3 + 1 + 1
-    for recipe, paper, padding in (("gridconv-temporal-gt", (33.5, 24.7), "replicate"), ("gridconv-temporal-cpn", (44.3, 33.2), "zeros")):
-        recipe = train.RECIPES[recipe]
+    for source, paper, padding in (("gt", (33.5, 24.7), "replicate"), ("cpn", (44.3, 33.2), "zeros")):
+        recipe = train.RECIPES["gridconv-temporal-" + source]
         assert (recipe.paper_mpjpe, recipe.paper_p_mpjpe) == paper and recipe.padding == ("circular", padding)
         assert train.parameters(recipe) == 38063324 and recipe.filter_widths == (3, 3, 3) and recipe.data == "h36m"
         assert (recipe.optimizer, recipe.lr, recipe.schedule, recipe.epochs, recipe.batch, recipe.dropout) == \
@@ -920,8 +920,8 @@ def test_variants_are_built_from_recipes_and_read_back(fields, tmp_path):
     recipe = tiny_recipe(**{"filter_widths": (3,), "temperature": 5.0, **fields})
     train.check_recipe(recipe)
     model = shaken(evaluation.build_model(recipe)).float()
-    torch.save({"format": "poselift", "version": 1, "recipe": dataclasses.asdict(recipe), "model": model.state_dict(), "epoch": 1,
-                "data": ""}, tmp_path / "m.pt")
+    torch.save({"format": "poselift", "version": 1, "recipe": dataclasses.asdict(recipe), "model": model.state_dict(),
+                "epoch": 1, "data": ""}, tmp_path / "m.pt")
     again = evaluation.load_model(tmp_path / "m.pt")
     T, J = model.receptive_field, model.num_joints
     pose = torch.randn(2, *(() if T == 1 else (T,)), J, 2)
@@ -945,7 +945,8 @@ def test_variants_train_on_a_store_and_are_scored(fields, run_folder):
 
 def test_neighbours_ablation_builds_its_rows():
     base, _, rows = train.ABLATIONS["neighbours"]
-    made = {label: evaluation.build_model(dataclasses.replace(train.RECIPES[base], **fields)) for label, (_, fields) in rows.items()}
+    made = {label: evaluation.build_model(dataclasses.replace(train.RECIPES[base], **fields))
+            for label, (_, fields) in rows.items()}
     assert [type(m).__name__ for m in made.values()] == ["GridLiftingNetwork", "FullyConnectedLifter", "GraphConvLifter"]
     assert rows["D-GridConv"][0] == 37.1 and rows["fully connected"][0] == 45.5
     assert size(made["fully connected"]) == 4296755
@@ -3196,6 +3197,135 @@ def test_eval_headline_is_the_protocols_average():
     assert evaluation.headline(scores, "h36m") == (3.0, 2.0) and evaluation.headline(scores, "mocap") == (4.0, 3.5)
     assert evaluation.headline(scores, "humaneva") == (3.0, 1.5)
     assert evaluation.headline({**scores, "all": {"mpjpe": 9.0}}, "3dhp") == (9.0, 3.5)
+
+
+# ---- eval: looking inside
+
+def _ev_inspected(tmp_path, capsys, *options, **fields):
+    """The text of `eval.py inspect` for a shaken model of the recipe's fields, and the model."""
+    _ev_save(_ev_shake(evaluation.build_model(_ev_recipe(**fields))), tmp_path / "m.pt")
+    evaluation.main(["inspect", str(tmp_path / "m.pt"), *map(str, options)])
+    return capsys.readouterr().out, evaluation.load_model(tmp_path / "m.pt")
+
+
+def _ev_rows(text):
+    """{first cell: other cells} of all tables in a text."""
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n") if line.startswith("| ")]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_eval_inspect_learnt_grid_as_text_graph_and_probabilities(tmp_path, capsys):
+    fields = dict(layout="autogrids", hidden=2)
+    model = evaluation.build_model(_ev_recipe(**fields))
+    torch.manual_seed(1)
+    model.autogrids.s_prob.data = torch.randn(25, 17) * 2
+    _ev_save(model, tmp_path / "m.pt")
+    evaluation.main(["inspect", str(tmp_path / "m.pt")])
+    text = capsys.readouterr().out
+    rows, S = _ev_rows(text), model.autogrids.s_prob.tolist()
+    p = [[math.exp(v) / sum(math.exp(u) for u in row) for v in row] for row in S]
+    held = [row.index(max(row)) for row in S]
+    shown = [[int(word) for word in line.split()] for line in text.split("grid, 5 x 5:\n")[1].split("\n")[:5]]
+    assert sum(shown, []) == held
+    names = SKELETONS["h36m17"].joints
+    for j, name in enumerate(names):
+        column = [row[j] for row in p]
+        assert rows[f"{j} {name}"] == [str(held.count(j)), f"{sum(column):.2f}", f"{max(column):.3f}"]
+        around = {held[5 * r + c] for i in range(25) if held[i] == j for r, c in (
+            (i // 5 - 1, i % 5), (i // 5 + 1, i % 5), (i // 5, i % 5 - 1), (i // 5, i % 5 + 1)) if 0 <= r < 5 and 0 <= c < 5} - {j}
+        assert f"  {j} {name}: {', '.join(f'{a} {names[a]}' for a in sorted(around)) or 'none'}\n" in text
+        assert {b for a, b in evaluation.grid_links(model) if a == j} == around
+    absent = [f"{j} {names[j]}" for j in range(17) if j not in held]
+    assert absent and f"dropped joints: {', '.join(absent)}\n" in text
+
+
+def test_eval_inspect_attention_by_position_and_input(tmp_path, capsys, monkeypatch):
+    _ev_fake_data(monkeypatch)
+    text, model = _ev_inspected(tmp_path, capsys, "--data", "d", kernel_sizes=(3, (1, 3), 5))
+    assert "Attention on 15 test frames of synthetic motion:" in text
+    store = evaluation.load_store(model, "d", "test")
+    S, rows = model.assignment(), _ev_rows(text)
+    x = gridconv.sgt(store.input[:15], S, (5, 5))
+    with torch.no_grad():
+        seen = {"expand": (model.expand.conv, x)}
+        h = model.expand(x)
+        seen["blocks.0.0"] = model.blocks[0][0].conv, h
+        seen["blocks.0.1"] = model.blocks[0][1].conv, model.blocks[0][0](h)
+        seen["shrink"] = model.shrink, h + model.blocks[0](h)
+        assert {name for name, row in rows.items() if "x" in row[0]} == set(seen)
+        for name, (conv, x) in seen.items():
+            alpha, K = conv.attention(x).double().numpy(), conv.kernel_size
+            mean = alpha.mean()
+            spread = [100 * np.mean([np.std(alpha[n, :, :, a, b]) for n in range(15) for a in range(K) for b in range(K)]) / mean,
+                      100 * np.mean([np.std(alpha[:, i, j, a, b]) for i in range(5) for j in range(5) for a in range(K)
+                                     for b in range(K)]) / mean,
+                      100 * np.mean([np.std(alpha[n, i, j]) for n in range(15) for i in range(5) for j in range(5)]) / mean]
+            kernels = np.abs(conv.weight.detach().double().numpy()).reshape(-1, K * K)
+            largest = 100 * np.mean([kernel.max() / kernel.sum() for kernel in kernels])
+            assert rows[name][0] == f"{K} x {K}"
+            assert [float(v) for v in rows[name][1:]] == pytest.approx([largest, mean, *spread], abs=0.006)
+
+
+def test_eval_inspect_of_other_models(tmp_path, capsys):
+    text, _ = _ev_inspected(tmp_path, capsys, attention="")
+    assert "Attention on" not in text and _ev_rows(text)["shrink"][2:] == ["-"] * 4
+    text, _ = _ev_inspected(tmp_path, capsys, method="gridconv-temporal", filter_widths=(3, 3))
+    assert "227 random inputs" in text and "grid, 5 x 5:" in text
+    assert [name for name in _ev_rows(text) if "." in name] == [
+        *(f"expand.frames.{k}" for k in range(3)), *(f"blocks.0.0.frames.{k}" for k in range(3)), "blocks.0.1.frames.0"]
+    for method in ("fc", "gcn"):
+        assert _ev_inspected(tmp_path, capsys, method=method)[0].count("\n") == 1
+    torch.save({"state_dict": _ev_released_gridconv("dynamic", grid=(7, 3))}, tmp_path / "7x3")  # no layout: random grids
+    evaluation.main(["inspect", str(tmp_path / "7x3"), "--padding", "circular,zeros", "--grid", "7,3"])
+    text = capsys.readouterr().out
+    assert "grid, " not in text and _ev_rows(text)["expand"][0] == "3 x 3" and "-" not in _ev_rows(text)["expand"]
+
+
+@pytest.mark.parametrize("fields", [dict(unshared_weight=0.5), dict(head="full"), dict(skeleton="humaneva15")], ids=str)
+def test_eval_inspect_similarity_of_joints(fields, tmp_path, capsys):
+    text, model = _ev_inspected(tmp_path, capsys, method="glagcn", **fields)
+    joints = SKELETONS[model.recipe.skeleton].joints
+    generator, J = torch.Generator().manual_seed(0), len(joints)
+    x, kept = torch.rand(256, 3, J, 2, generator=generator) * 2 - 1, []
+    model.head.forward = lambda v: kept.append(v.detach().double().numpy()) or v  # instead of the head: what it is given
+    model(x)
+    v = kept[0]
+    alike = [[np.mean([a[i] @ a[j] / np.linalg.norm(a[i]) / np.linalg.norm(a[j]) for a in v]) for j in range(J)] for i in range(J)]
+    rows = _ev_rows(text)
+    for i, name in enumerate(joints):
+        assert [float(cell) for cell in rows[f"{i} {name}"]] == pytest.approx(alike[i], abs=0.006)
+    pairs = {(i, j): alike[i][j] for j in range(J) for i in range(j)}
+    i, j = min(pairs, key=pairs.get)
+    assert f"{np.mean(list(pairs.values())):.2f} on average; least {i} {joints[i]} and {j} {joints[j]}" in text
+    assert ("unshared weights (Eq. 5):" in text) == ("unshared_weight" in fields)
+    if "unshared_weight" in fields:
+        W = model.head.W.detach().double().numpy().reshape(J, -1)
+        W = W / np.linalg.norm(W, axis=1, keepdims=True)
+        mean = np.mean([W[i] @ W[j] for j in range(J) for i in range(j)])
+        assert f"unshared weights (Eq. 5):\n{mean:.2f} on average" in text
+
+
+@pytest.mark.parametrize("fields", [dict(layout="autogrids"), dict(attention="", skeleton="h36m32", layout="handcrafted", grid=(7, 5)),
+                                    dict(method="glagcn", unshared_weight=1.0)], ids=str)
+def test_eval_inspect_draws(fields, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    _ev_inspected(tmp_path, capsys, "--plot", tmp_path / "inside.png", **fields)
+    assert (tmp_path / "inside.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    evaluation.main(["inspect", str(tmp_path / "m.pt"), "--plot", str(tmp_path / "again.svg")])
+    assert b"<svg" in (tmp_path / "again.svg").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.svg", "inside.png", "m.pt"]
+
+
+def test_eval_inspect_refuses_what_it_cannot_draw(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(InputError, match="nothing to draw, fc"):
+        _ev_inspected(tmp_path, capsys, "--plot", tmp_path / "a.png", method="fc")
+    with pytest.raises(InputError, match="a.mp9: unknown picture format 'mp9'"):
+        _ev_inspected(tmp_path, capsys, "--plot", tmp_path / "a.mp9")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match="pip install matplotlib"):
+        _ev_inspected(tmp_path, capsys, "--plot", tmp_path / "a.png")
+
 
 
 # ---------------------------------------------------------------------------------------------------------------------
