@@ -866,9 +866,10 @@ def inspect_command(argv):
     parser = Parser(prog="eval.py inspect", description=inspect_command.__doc__)
     _checkpoint_options(parser)
     parser.add_argument("--data", metavar="DIR", help="look with test frames of its dataset there (default: random poses)")
+    parser.add_argument("--dataset", choices=DATASETS, help="another dataset than the one trained on")
     parser.add_argument("--plot", metavar="FILE", help="draw it as well: a .png, .pdf or .svg (needs matplotlib)")
     args = parser.parse_args(argv)
-    model = _load(args)
+    model = _load(args, data=args.dataset)
     poses, said = probes(model, None if args.data is None else load_store(model, args.data, "test"))
     print(inspect(model, poses, said))
     if args.plot:

@@ -3320,6 +3320,8 @@ def test_eval_inspect_refuses_what_it_cannot_draw(tmp_path, capsys, monkeypatch)
     pytest.importorskip("matplotlib")
     with pytest.raises(InputError, match="nothing to draw, fc"):
         _ev_inspected(tmp_path, capsys, "--plot", tmp_path / "a.png", method="fc")
+    with pytest.raises(InputError, match="h36m17.*humaneva15"):
+        _ev_inspected(tmp_path, capsys, "--data", "d", "--dataset", "humaneva")
     with pytest.raises(InputError, match="a.mp9: unknown picture format 'mp9'"):
         _ev_inspected(tmp_path, capsys, "--plot", tmp_path / "a.mp9")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
