@@ -766,7 +766,8 @@ def test_temporal_network_of_table_C():
         assert (recipe.optimizer, recipe.lr, recipe.schedule, recipe.epochs, recipe.batch, recipe.dropout) == \
             ("amsgrad", 1e-3, "0.95/1", 80, 1024, 0.25) and recipe.flips and recipe.flip_test
         train.check_recipe(recipe)
-        assert evaluation.paper_row(recipe) is None  # Table C prints no row by action
+        long = dataclasses.replace(recipe, filter_widths=(3,) * 5)  # Table C prints no row by action, GLA-GCN's is another
+        assert evaluation.paper_row(recipe) is None and evaluation.paper_row(long) is None
     assert train.RECIPES["gridconv-temporal-gt"].keypoints == "gt"
     assert train.RECIPES["gridconv-temporal-cpn"].keypoints == "cpn_ft_h36m_dbb"
 
@@ -928,6 +929,10 @@ def test_variants_are_built_from_recipes_and_read_back(fields, tmp_path):
     assert torch.equal(again(pose), model(pose)) and size(again) == train.parameters(recipe)
     assert evaluation.inspect(again).startswith(f"tiny ({fields['method']}): {size(model):,} parameters, receptive field {T}")
     assert getattr(model, "temperature", 5.0) == 5.0
+    if fields["method"] == "gcn":  # the skeleton's own bones are its graph
+        graph = [m for m in model.modules() if isinstance(m, gridconv.GraphConv)][0].graph
+        bones = {frozenset(edge) for edge in SKELETONS[recipe.skeleton].edges}
+        assert {frozenset(pair) for pair in graph.triu(1).nonzero().tolist()} == bones
 
 
 @pytest.mark.parametrize("fields", VARIANT_RECIPES[:3], ids=str)
