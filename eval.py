@@ -129,6 +129,7 @@ def _tuples(value):
     return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
+METHODS = ("gridconv", "gridconv-temporal", "glagcn", "fc", "gcn")
 EDGES = {"h36m17": glagcn.H36M_EDGES, "humaneva15": glagcn.HUMANEVA15_EDGES, "3dhp17": glagcn.MPI3DHP_EDGES}
 
 
@@ -165,19 +166,28 @@ def build_model(recipe):
     """The network that a recipe describes, untrained, with `.recipe` set.
 
     `recipe` is any object with the fields method, skeleton and dropout, and for "gridconv" layout, layout_seed, grid,
-    padding, hidden, blocks, kernel_sizes, attention and temperature; for "glagcn" filter_widths, channels, reconstruct,
-    reconstruct_blocks, unshared_weight, causal, adaptive, temporal and head. The row, column and global layouts are
-    shuffles of the handcrafted one (Table B). Unknown names and impossible sizes are a ValueError.
+    padding, hidden, blocks, kernel_sizes, attention and temperature; for "gridconv-temporal" filter_widths in place of
+    blocks, kernel_sizes and attention; for "fc" and "gcn" hidden and blocks; for "glagcn" filter_widths, channels,
+    reconstruct, reconstruct_blocks, unshared_weight, causal, adaptive, temporal and head. The row, column and global
+    layouts are shuffles of the handcrafted one (Table B). Unknown names and impossible sizes are a ValueError.
     """
     if recipe.skeleton not in data.SKELETONS:
         raise InputError(f"skeleton {recipe.skeleton!r} unknown: one of {', '.join(data.SKELETONS)} expected")
     joints = len(data.SKELETONS[recipe.skeleton].joints)
     fields = lambda *names: {name: _tuples(getattr(recipe, name)) for name in names}
-    if recipe.method == "gridconv":
+    if recipe.method in ("gridconv", "gridconv-temporal"):
         layout = _layout(recipe, joints, _tuples(recipe.grid))
-        model = gridconv.GridLiftingNetwork(joints, layout, attention=recipe.attention or None, **fields(
-            "hidden", "blocks", "kernel_sizes", "padding", "dropout"))
+        if recipe.method == "gridconv":
+            model = gridconv.GridLiftingNetwork(joints, layout, attention=recipe.attention or None, **fields(
+                "hidden", "blocks", "kernel_sizes", "padding", "dropout"))
+        else:
+            model = gridconv.TemporalGridLiftingNetwork(joints, layout, **fields(
+                "filter_widths", "hidden", "padding", "dropout"))
         model.temperature = recipe.temperature
+    elif recipe.method == "fc":
+        model = gridconv.FullyConnectedLifter(joints, **fields("hidden", "blocks", "dropout"))
+    elif recipe.method == "gcn":
+        model = gridconv.GraphConvLifter(joints, data.SKELETONS[recipe.skeleton].edges, **fields("hidden", "blocks", "dropout"))
     elif recipe.method == "glagcn":
         if recipe.skeleton not in EDGES:
             raise InputError(f"GLA-GCN: no links for skeleton {recipe.skeleton!r}: one of {', '.join(EDGES)} expected")
@@ -185,7 +195,7 @@ def build_model(recipe):
             "filter_widths", "channels", "reconstruct", "reconstruct_blocks", "unshared_weight", "dropout", "causal",
             "adaptive", "temporal", "head"))
     else:
-        raise InputError(f"method {recipe.method!r} unknown: gridconv or glagcn expected")
+        raise InputError(f"method {recipe.method!r} unknown: one of {', '.join(METHODS)} expected")
     model.recipe = recipe
     return model
 
@@ -472,7 +482,7 @@ HUMAN36M = "Human3.6M"
 def paper_row(recipe):
     """The papers' per-action row that a recipe's settings stand for, as an entry of PAPER, or None."""
     detector = recipe.keypoints.split("_")[0]                                   # cpn_ft_h36m_dbb -> cpn
-    if recipe.skeleton != "h36m17":
+    if recipe.skeleton != "h36m17" or recipe.method not in ("gridconv", "glagcn"):
         return None
     if recipe.method == "gridconv":
         return PAPER.get(("gridconv", detector, recipe.target)) if recipe.layout == "autogrids" else None
@@ -540,41 +550,224 @@ def report(result, source, recipe, yardstick=None):
 # --------------------------------------------------------------------------------------------------------------------
 # Looking inside
 
-def inspect(model):
-    """What a model is made of, as text: method, parameters and, for GridConv, the grid and its equivalent graph.
+def grid_cells(model):
+    """The joints of each cell of a GridConv model's grid, row by row, as a list of lists; None without a grid."""
+    learnt = getattr(model, "autogrids", None)
+    S = learnt.assignment() if learnt is not None else getattr(model, "fixed_assignment", None)
+    return None if S is None else [row.nonzero().flatten().tolist() for row in S.cpu()]  # RELEASED_5X5 has a cell of two joints
 
-    Two joints are linked in the graph where their cells touch horizontally or vertically (Figure 6). For a learnt grid
-    also: the two most probable joints of each cell (softmax of S_prob, Eq. 4-5), the joints dropped, and how many
-    cells differ from the start.
+
+def grid_links(model):
+    """The graph that a grid stands for (GridConv's Figure 6): ordered pairs of joints whose cells touch by a side."""
+    (H, P), cells = model.grid_shape, grid_cells(model)
+    touching = [(i * P + j, k * P + l) for i in range(H) for j in range(P) for k, l in ((i, j + 1), (i + 1, j))
+                if k < H and l < P]
+    return {pair for c, d in touching for a in cells[c] for b in cells[d] if a != b for pair in ((a, b), (b, a))}
+
+
+def probes(model, store=None):
+    """(inputs of the model, what they are): frames evenly spaced over a store, or else random poses of seed 0.
+
+    At most 256, fewer for long windows. A model without a layout takes random grids (N, 2, H, P).
+    """
+    T, device = model.receptive_field, next(model.parameters()).device
+    count = max(16, min(256, 2048 // T))
+    if store is not None:
+        index = torch.linspace(0, len(store) - 1, min(count, len(store)), device=device).long()
+        poses = store.batch(index, T, getattr(model, "causal", False))[0]
+        return poses, f"{len(index)} test frames of {data.provenance(store.sequences)}"
+    shape = (2, *model.grid_shape) if getattr(model, "grid_shape", None) and grid_cells(model) is None else (
+        *((T,) if T > 1 else ()), model.num_joints, 2)
+    values = torch.rand(count, *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return values.to(device), f"{count} random inputs, uniform in [-1, 1]"
+
+
+@torch.no_grad()
+def look(model, poses):
+    """What a model computes on its inputs: ({layer: attention alpha (n, H, P, K, K) of Eq. 7}, features of every joint
+    (N, J, C) before GLA-GCN's last layer, or None)."""
+    alpha, features = {}, []
+    hooks = [module.register_forward_hook(lambda *call, name=name: alpha.__setitem__(_layer(name), call[-1]))
+             for name, module in model.named_modules() if isinstance(module, gridconv.GridAttention)]
+    if isinstance(model, glagcn.GLAGCN):
+        hooks.append(model.head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0])))
+    try:
+        poses = poses.to(next(model.parameters()))
+        model(poses) if poses.shape[-2:] == (model.num_joints, 2) else model.forward_grid(poses)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return alpha, features[0] if features else None
+
+
+def _layer(name):  # blocks.0.1.conv.attention -> blocks.0.1
+    return re.sub(r"\.(conv|attention)\b", "", name)
+
+
+def similarity(features):
+    """Cosine similarity between joints (GLA-GCN's Figure 4): features (N, J, C) -> (J, J), the mean over N."""
+    v = torch.nn.functional.normalize(features, dim=2)
+    return (v @ v.mT).mean(0)
+
+
+def attention_spread(alpha):
+    """How an attention map alpha (n, H, P, K, K) varies: its mean, and its standard deviation in % of that over positions
+    (same input and tap), over inputs (same position and tap) and over the kernel's taps (same input and position)."""
+    spread = lambda *dims: 100 * (alpha.std(dims, correction=0).mean() / alpha.mean()).item()
+    return alpha.mean().item(), spread(1, 2), spread(0), spread(3, 4)
+
+
+def inspect(model, poses=None, said=None):
+    """What a model is made of and what it learnt, as text: size, and of GridConv (AAAI) Figures 4, 6 and D-G, of GLA-GCN 4.
+
+    GridConv: the grid, the graph it stands for, of a learnt one also the assignment probabilities (softmax of S_prob,
+    Eq. 4-5), the joints dropped and the cells changed; of each layer how its attention varies, and how much of a kernel
+    lies in its largest tap. GLA-GCN: how alike joints are before the last layer. `poses`, of which `said` says what they
+    are, are what the model is looked at with: by default those of `probes`.
     """
     recipe, skeleton = model.recipe, data.SKELETONS[model.recipe.skeleton]
+    if poses is None:
+        poses, said = probes(model)
     label = lambda joint: f"{joint} {skeleton.joints[joint]}"
     size = sum(p.numel() for p in model.parameters())
     text = [f"{recipe.name} ({recipe.method}): {size:,} parameters, receptive field {model.receptive_field}, epoch "
             f"{model.epoch}, trained on {model.trained_on or 'unnamed data'}"]
-    learnt = getattr(model, "autogrids", None)
-    S = learnt.assignment() if learnt is not None else model.assignment() if recipe.method == "gridconv" else None
-    if S is None:
-        return text[0]
+    alpha, features = look(model, poses)
+    if grid_cells(model) is not None:
+        text += _grid_text(model, label, skeleton)
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, gridconv.GridConv):
+            seen = attention_spread(alpha[_layer(name)]) if _layer(name) in alpha else [None] * 4
+            taps = module.weight.detach().abs().flatten(3)                      # (branches, C_out, C_in, K * K)
+            rows.append([_layer(name), f"{module.kernel_size} x {module.kernel_size}",
+                         100 * (taps.amax(3) / taps.sum(3).clamp(min=1e-30)).mean().item(), *seen])
+    if rows:
+        text += ["largest tap: its share of a kernel's weight, in %, on average." + bool(alpha) * (
+            f" Attention on {said}: its mean,\nand its standard deviation over positions, inputs and taps in % of that."),
+            markdown(["layer", "kernel", "largest tap", "attention", "positions", "inputs", "taps"], rows)]
+    if features is not None:
+        matrix, unshared = similarity(features), getattr(model.head, "W", None)
+        text += [_similarity_text(matrix, f"features before the last layer, {said}", label), markdown(
+            ["joint", *map(str, range(len(matrix)))], [[label(j), *(f"{v:.2f}" for v in row)] for j, row in enumerate(matrix)])]
+        if unshared is not None:
+            text.append(_similarity_text(similarity(unshared.detach().flatten(1)[None]), "unshared weights (Eq. 5)", label))
+    return "\n".join(text)
+
+
+def _grid_text(model, label, skeleton):
     H, P = model.grid_shape
-    cells = [row.nonzero().flatten().tolist() for row in S.cpu()]               # RELEASED_5X5 has a cell of two joints
-    shown = ["+".join(map(str, cell)).rjust(4) for cell in cells]
-    text += [f"grid, {H} x {P}:"] + [" ".join(shown[i * P:i * P + P]) for i in range(H)]
-    pairs = [(i * P + j, k * P + l) for i in range(H) for j in range(P) for k, l in ((i, j + 1), (i + 1, j))
-             if k < H and l < P]
-    links = {pair for c, d in pairs for a in cells[c] for b in cells[d] if a != b for pair in ((a, b), (b, a))}
+    shown = ["+".join(map(str, cell)).rjust(4) for cell in grid_cells(model)]
+    text = [f"grid, {H} x {P}:"] + [" ".join(shown[i * P:i * P + P]) for i in range(H)]
+    links = grid_links(model)
     bones = sum(tuple(edge) in links for edge in skeleton.edges)
     text.append(f"neighbours in the grid ({bones} of {len(skeleton.edges)} skeleton links among them):")
     for joint in range(len(skeleton.joints)):
         text.append(f"  {label(joint)}: {', '.join(label(b) for a, b in sorted(links) if a == joint) or 'none'}")
+    learnt = model.autogrids
     if learnt is not None:
+        p = learnt.s_prob.detach().softmax(1)                                   # (H*P, J)
         text.append("most probable joints of each cell (row, column):")
-        for i, (p, joint) in enumerate(zip(*(t.tolist() for t in learnt.s_prob.softmax(1).topk(2)))):
-            text.append(f"  {i // P}, {i % P}: " + ", ".join(f"{label(b)} {a:.3f}" for a, b in zip(p, joint)))
+        for i, (top, joint) in enumerate(zip(*(t.tolist() for t in p.topk(2)))):
+            text.append(f"  {i // P}, {i % P}: " + ", ".join(f"{label(b)} {a:.3f}" for a, b in zip(top, joint)))
+        held, total, most = learnt.assignment().sum(0).int().tolist(), p.sum(0), p.amax(0)
+        text += ["of each joint the cells it has, its probability summed over all cells, and the largest:", markdown(
+            ["joint", "cells", "sum", "largest"], [[label(j), held[j], f"{total[j]:.2f}", f"{most[j]:.3f}"]
+                                                   for j in range(len(held))])]
         text.append(f"dropped joints: {', '.join(map(label, learnt.dropped())) or 'none'}")
         changed = cells_changed(model)
         text.append("cells changed from the start: " + ("not known" if changed is None else f"{changed} of {H * P}"))
-    return "\n".join(text)
+    return text
+
+
+def _similarity_text(matrix, what, label):
+    pairs = sorted((matrix[i, j].item(), j, i) for i in range(len(matrix)) for j in range(i))
+    least, most = (f"{label(i)} and {label(j)} {value:.2f}" for value, i, j in (pairs[0], pairs[-1]))
+    mean = sum(value for value, _, _ in pairs) / len(pairs)
+    return f"cosine similarity between joints, {what}:\n{mean:.2f} on average; least {least}; most {most}"
+
+
+# A standing person who faces the reader: where the 17 Human3.6M joints are drawn.
+_STANDING = ((0, 0), (-1, -.2), (-1.2, -2.5), (-1.3, -5), (1, -.2), (1.2, -2.5), (1.3, -5), (0, 1.4), (0, 2.9), (0, 3.8),
+             (0, 4.8), (1.2, 2.8), (2.1, 1.3), (2.5, -.3), (-1.2, 2.8), (-2.1, 1.3), (-2.5, -.3))
+
+
+def draw_inside(model, poses, path):
+    """The figures of `inspect` as a picture file, its format by the file's suffix; needs matplotlib.
+
+    GridConv: the grid, its graph (bones as lines, the grid's other links dotted), a learnt grid's probabilities, and of
+    each attention the mean over inputs, H x P blocks of K x K taps, and its deviation over inputs. GLA-GCN: similarities.
+    InputError: no matplotlib, a model that holds none of these, a suffix that matplotlib does not know.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plot: matplotlib is needed for pictures: pip install matplotlib") from None
+    skeleton, panels = data.SKELETONS[model.recipe.skeleton], []
+
+    def heatmap(ax, values, block=None):  # rows are joints, or blocks of K x K taps
+        ax.figure.colorbar(ax.imshow(values.cpu().numpy(), interpolation="nearest"), ax=ax, shrink=0.8)
+        if block is None:
+            names = [f"{name} {j}" for j, name in enumerate(skeleton.joints)]
+            ax.set_yticks(range(len(names)), names, fontsize=100 / len(names))
+            return
+        for line, most in zip((ax.axhline, ax.axvline), values.shape):
+            for at in range(block, most, block):
+                line(at - 0.5, color="white", linewidth=1)
+        ax.set_axis_off()
+
+    def layout(ax):
+        (H, P), cells = model.grid_shape, grid_cells(model)
+        ax.imshow([[cells[i * P + j][0] for j in range(P)] for i in range(H)], cmap="tab20", alpha=0.5, vmin=0,
+                  vmax=len(skeleton.joints) - 1)
+        for i, cell in enumerate(cells):
+            ax.text(i % P, i // P, "+".join(map(str, cell)), ha="center", va="center")
+        ax.set_axis_off()
+
+    def graph(ax):
+        count, bones = len(skeleton.joints), {frozenset(edge) for edge in skeleton.edges}
+        circle = [(math.sin(2 * math.pi * j / count), math.cos(2 * math.pi * j / count)) for j in range(count)]
+        place = _STANDING if skeleton.name == "h36m17" else circle
+        links = {frozenset(link) for link in grid_links(model)}
+        for link in bones | links:
+            style = dict(color="tab:red", linestyle=":", zorder=1) if link not in bones else dict(
+                color="0.2", linewidth=2, zorder=2) if link in links else dict(color="0.75", linewidth=4, zorder=2)
+            ax.plot(*zip(*(place[joint] for joint in link)), **style)
+        for joint, at in enumerate(place):
+            ax.text(*at, joint, ha="center", va="center", fontsize=7, bbox=dict(boxstyle="circle", fc="white"), zorder=3)
+        ax.set_aspect("equal")
+        ax.set_axis_off()
+
+    alpha, features = look(model, poses)
+    if grid_cells(model) is not None:
+        panels += [("grid", layout), ("bones: in the grid dark, not in it grey;\ndotted: the grid's other links", graph)]
+        if model.autogrids is not None:
+            p = model.autogrids.s_prob.detach().softmax(1).T                    # (J, H*P)
+            panels += [("probability of joint in cell", lambda ax: heatmap(ax, p)),
+                       ("its logarithm", lambda ax: heatmap(ax, p.log()))]
+    for name, a in alpha.items():
+        for what, values in (("attention", a.mean(0)), ("std over inputs", a.std(0, correction=0))):
+            (H, P, K, _), values = values.shape, values.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+            panels.append((f"{name}: {what}", lambda ax, values=values, K=K: heatmap(ax, values, K)))
+    if features is not None:
+        panels.append(("cosine similarity of features", lambda ax: heatmap(ax, similarity(features))))
+        if getattr(model.head, "W", None) is not None:
+            panels.append(("of unshared weights", lambda ax: heatmap(ax, similarity(model.head.W.detach().flatten(1)[None]))))
+    if not panels:
+        raise InputError(f"--plot: nothing to draw, {model.recipe.method} has neither a grid nor features of single joints")
+    columns = min(4, len(panels))
+    figure = Figure(figsize=(3.6 * columns, 3.4 * -(-len(panels) // columns)), layout="constrained")
+    axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat
+    for ax, panel in zip(axes, [*panels, *[None] * (-len(panels) % columns)]):
+        if panel is None:
+            ax.set_axis_off()
+        else:
+            ax.set_title(panel[0], fontsize=9)
+            panel[1](ax)
+    suffix = str(path).rpartition(".")[2].lower()
+    if suffix not in figure.canvas.get_supported_filetypes():
+        raise InputError(f"--plot {path}: unknown picture format {suffix!r}; png, pdf or svg, for instance")
+    data.write_atomically(path, lambda file: figure.savefig(file, format=suffix, dpi=110))
 
 
 def cells_changed(model):
@@ -672,8 +865,15 @@ def inspect_command(argv):
     """python eval.py inspect CHECKPOINT: a model's size, its grid and the equivalent graph, and what it learnt."""
     parser = Parser(prog="eval.py inspect", description=inspect_command.__doc__)
     _checkpoint_options(parser)
-    model = _load(parser.parse_args(argv))
-    print(inspect(model))
+    parser.add_argument("--data", metavar="DIR", help="look with test frames of its dataset there (default: random poses)")
+    parser.add_argument("--dataset", choices=DATASETS, help="another dataset than the one trained on")
+    parser.add_argument("--plot", metavar="FILE", help="draw it as well: a .png, .pdf or .svg (needs matplotlib)")
+    args = parser.parse_args(argv)
+    model = _load(args, data=args.dataset)
+    poses, said = probes(model, None if args.data is None else load_store(model, args.data, "test"))
+    print(inspect(model, poses, said))
+    if args.plot:
+        draw_inside(model, poses, args.plot)
 
 
 COMMANDS = {"inspect": inspect_command}

@@ -8,7 +8,8 @@ unravels it again. This file needs torch alone; copy it into any project:
     loss = (pose_3d - target).square().mean()     # Eq. 10
 
 The parts stand in the paper's order: 1. SGT and its inverse (Eq. 1-3, 11-12), 2. AutoGrids (Eq. 4-5),
-3. GridConv and D-GridConv (Eq. 6-8), 4. the grid lifting network (Eq. 9), 5. the authors' weights, 6. variants.
+3. GridConv and D-GridConv (Eq. 6-8), 4. the grid lifting network (Eq. 9), 5. the authors' weights, 6. variants,
+7. Temporal GridConv (B.3), 8. training together with a 2D detector (A.6), 9. lifters without a grid (A.5).
 Shapes: B batch, J joints, H x P grid, C channels, K kernel size.
 """
 
@@ -353,6 +354,12 @@ class DynamicGridConv(GridConv):
 # 4. The grid lifting network (section 3.4, Figure 1)
 
 
+def check_pose(pose, num_joints, in_dim):
+    """ValueError unless pose is (B, num_joints, in_dim)."""
+    if pose.dim() != 3 or pose.shape[1:] != (num_joints, in_dim):
+        raise ValueError(f"pose: shape {tuple(pose.shape)}, expected (B, {num_joints}, {in_dim})")
+
+
 class GridLayer(nn.Module):
     """(D-)GridConv, batch norm, ReLU, dropout of whole channels (section 4.2)."""
 
@@ -431,8 +438,7 @@ class GridLiftingNetwork(nn.Module):
         return self.shrink(x)
 
     def forward(self, pose):
-        if pose.dim() != 3 or pose.shape[1:] != (self.num_joints, self.in_dim):
-            raise ValueError(f"pose: shape {tuple(pose.shape)}, expected (B, {self.num_joints}, {self.in_dim})")
+        check_pose(pose, self.num_joints, self.in_dim)
         S = self.assignment()  # the same sample goes in and comes out
         if S is None:
             raise ValueError("this network has no layout (layout=None): only forward_grid works")
@@ -538,3 +544,176 @@ class AttentiveGridConv(GridConv):
 
 CONVOLUTIONS = {"grid": DynamicGridConv, None: GridConv,
                 **{name: partial(AttentiveGridConv, name) for name in ("channel", "spatial", "spatial+channel")}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Temporal GridConv (B.3, Table C)
+
+
+class TemporalGridConv(nn.Module):
+    """3D D-GridConv (B.3) with K_t = frames and K_s = 3: a D-GridConv for each of K_t frames, added up.
+
+    x (B * T, C_in, H, P), the T frames of a sample in a row -> (B * T / K_t, C_out, H, P). Groups of K_t frames do not
+    overlap: for one pose a window the same as VideoPose3D's dilation, and cheaper. K_t = 1 is D-GridConv itself.
+    """
+
+    def __init__(self, in_channels, out_channels, frames, padding, grid_shape):
+        super().__init__()
+        self.frames = nn.ModuleList(  # no bias: batch norm follows
+            DynamicGridConv(in_channels, out_channels, 3, padding, grid_shape, bias=False) for _ in range(frames))
+
+    def forward(self, x):
+        x = x.unflatten(0, (-1, len(self.frames)))  # (B * T / K_t, K_t, C_in, H, P)
+        return sum(conv(x[:, frame]) for frame, conv in enumerate(self.frames))
+
+
+class TemporalGridLiftingNetwork(GridLiftingNetwork):
+    """Temporal GridConv: poses (B, T, J, 2) in about [-1, 1] -> (B, J, 3), the centre frame's, metres, root-relative.
+
+    VideoPose3D (Pavllo et al. 2019) with 3D D-GridConv in place of its convolutions: an expanding layer, then a residual
+    block for each further filter width, of K_t = width and then K_t = 1, whose shortcut takes the centre frame of each
+    group; T = receptive_field is the product of the widths. One assignment serves all frames.
+    With its defaults 38,063,324 parameters (Table C: 38.1 M). Ours, where the paper is silent: every frame of a kernel
+    has an attention of its own, fed by the frame it reads (one for all frames would make 38.0 M); dropout takes whole
+    channels, and the shrinking layer has K_t = 1 and K_s = 3, as in the single-frame network.
+    ValueError: what GridLiftingNetwork refuses; a filter width that is even or below 1, or none.
+    """
+
+    def __init__(self, num_joints=17, layout=HANDCRAFTED_5X5, grid_shape=None, filter_widths=(3, 3, 3), hidden=512,
+                 padding=("circular", "replicate"), dropout=0.25, in_dim=2, out_dim=3):
+        super().__init__(num_joints, layout, grid_shape, hidden, 0, padding=padding, dropout=dropout, in_dim=in_dim,
+                         out_dim=out_dim)
+        if not filter_widths or any(width < 1 or width % 2 == 0 for width in filter_widths):
+            raise ValueError(f"filter_widths: {filter_widths}, expected odd numbers above 0")
+        self.filter_widths, self.receptive_field = tuple(filter_widths), math.prod(filter_widths)
+
+        def layer(c_in, frames):
+            return GridLayer(TemporalGridConv(c_in, hidden, frames, padding, self.grid_shape), hidden, dropout)
+
+        self.expand = layer(in_dim, filter_widths[0])
+        self.blocks = nn.ModuleList(nn.Sequential(layer(hidden, width), layer(hidden, 1)) for width in filter_widths[1:])
+
+    def forward_grid(self, grid):
+        """The network between SGT and inverse SGT: (B * T, 2, H, P) -> (B, 3, H, P)."""
+        x = self.expand(grid)
+        for width, block in zip(self.filter_widths[1:], self.blocks):
+            x = x.unflatten(0, (-1, width))[:, width // 2] + block(x)
+        return self.shrink(x)
+
+    def forward(self, pose):
+        wanted = (self.receptive_field, self.num_joints, self.in_dim)
+        if tuple(pose.shape[1:]) != wanted:
+            raise ValueError(f"pose: shape {tuple(pose.shape)}, expected (B, {', '.join(map(str, wanted))})")
+        return super().forward(pose.flatten(0, 1))
+
+    def scheduled_norms(self):
+        """The batch norms whose momentum VideoPose3D's training schedules: all of them."""
+        return [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Training together with a 2D detector (A.6)
+
+
+def soft_argmax(heatmaps):
+    """Soft-argmax (Sun et al. 2018): heatmaps (B, J, h, w), before any softmax -> the mean position (B, J, 2) of each.
+
+    (x, y) from the middle of the map, in units of half its longer side, pixels at their centres: what a lifter takes in
+    when the map covers the image (normalisation `longest`).
+    """
+    h, w = heatmaps.shape[2:]
+    p = heatmaps.flatten(2).softmax(2).unflatten(2, (h, w))
+    x, y = ((2 * torch.arange(n, device=p.device, dtype=p.dtype) + 1 - n) / max(h, w) for n in (w, h))
+    return torch.stack([p.sum(2) @ x, p.sum(3) @ y], 2)
+
+
+def joint_loss(pose_2d, target_2d, pose_3d, target_3d, weight=160.0):
+    """Eq. 13: the mean absolute error of 2D poses (..., 2) plus weight (lambda) times the mean squared error of 3D poses.
+
+    Means over coordinates, as in training with Eq. 10; metres in 3D. The paper prints norms without units. Start from a
+    lifter trained alone: against a fresh one the 3D term outweighs the other, and the detector hardly learns.
+    """
+    return F.l1_loss(pose_2d, target_2d) + weight * F.mse_loss(pose_3d, target_3d)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. The neighbours (A.5): lifting without a grid
+
+
+class Residual(nn.Sequential):
+    """x + layers(x)."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def normalised(layer, channels, dropout):
+    """The layer, then batch norm, ReLU and dropout."""
+    return nn.Sequential(layer, nn.BatchNorm1d(channels), nn.ReLU(), nn.Dropout(dropout))
+
+
+class FullyConnectedLifter(nn.Module):
+    """The baseline of Martinez et al. 2017: pose (B, J, 2) -> (B, J, 3) by six linear layers, two residual blocks of two.
+
+    Batch norm, ReLU and dropout after every linear layer but the last; without that paper's limit on the weights' norms.
+    With its defaults 4,296,755 parameters. ValueError: a pose of another shape.
+    """
+
+    receptive_field = 1  # frames
+
+    def __init__(self, num_joints=17, hidden=1024, blocks=2, dropout=0.5, in_dim=2, out_dim=3):
+        super().__init__()
+        self.num_joints, self.in_dim = num_joints, in_dim
+
+        layer = lambda width: normalised(nn.Linear(width, hidden), hidden, dropout)
+        self.network = nn.Sequential(
+            nn.Flatten(), layer(num_joints * in_dim), *(Residual(layer(hidden), layer(hidden)) for _ in range(blocks)),
+            nn.Linear(hidden, num_joints * out_dim), nn.Unflatten(1, (num_joints, out_dim)))
+
+    def forward(self, pose):
+        check_pose(pose, self.num_joints, self.in_dim)
+        return self.network(pose)
+
+
+class GraphConv(nn.Module):
+    """Graph convolution Z = D^-1/2 W D^-1/2 X Theta, W = A + I, D_ii = sum_j W_ij: features (B, C_in, J) -> (B, C_out, J).
+
+    Kipf and Welling 2017, as Cai et al. 2019 use it on the skeleton. edges: pairs of joints, in either direction.
+    ValueError: an edge to a joint outside 0..J-1.
+    """
+
+    def __init__(self, in_channels, out_channels, edges, num_joints):
+        super().__init__()
+        W = torch.eye(num_joints)
+        for i, j in edges:
+            if not (0 <= i < num_joints and 0 <= j < num_joints):
+                raise ValueError(f"edges: {(i, j)} names a joint outside 0..{num_joints - 1}")
+            W[i, j] = W[j, i] = 1
+        scale = W.sum(1).rsqrt()
+        self.register_buffer("graph", scale[:, None] * W * scale, persistent=False)
+        self.theta = nn.Conv1d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x):
+        return self.theta(x) @ self.graph  # symmetric, so the same from either side
+
+
+class GraphConvLifter(nn.Module):
+    """A lifter of graph convolutions, pose (B, J, 2) -> (B, J, 3), as deep as GridLiftingNetwork.
+
+    An expanding layer, residual blocks of two layers, a shrinking one; batch norm, ReLU and dropout after all but the last.
+    ValueError: a pose of another shape, an edge to an unknown joint.
+    """
+
+    receptive_field = 1  # frames
+
+    def __init__(self, num_joints=17, edges=H36M_EDGES, hidden=256, blocks=2, dropout=0.25, in_dim=2, out_dim=3):
+        super().__init__()
+        self.num_joints, self.in_dim = num_joints, in_dim
+
+        layer = lambda channels: normalised(GraphConv(channels, hidden, edges, num_joints), hidden, dropout)
+        self.network = nn.Sequential(layer(in_dim), *(Residual(layer(hidden), layer(hidden)) for _ in range(blocks)),
+                                     GraphConv(hidden, out_dim, edges, num_joints))
+
+    def forward(self, pose):
+        check_pose(pose, self.num_joints, self.in_dim)
+        return self.network(pose.transpose(1, 2)).transpose(1, 2)  # (B, C, J) in between

@@ -617,6 +617,350 @@ def test_weights_of_something_else_are_refused():
         gridconv.from_released(state, ("circular",))
 
 
+# Variants: Temporal GridConv, training together with a detector, the neighbours
+
+
+def size(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def shaken(module, seed=0):
+    """The module in float64, for evaluation, every vector and running statistic random."""
+    torch.manual_seed(seed)
+    for tensor in module.double().state_dict().values():
+        if tensor.is_floating_point() and tensor.dim() == 1:
+            tensor.uniform_(0.5, 1.5)
+    return module.eval()
+
+
+VARIANTS = {
+    "3-31-3": lambda: gridconv.GridLiftingNetwork(hidden=8, blocks=1, kernel_sizes=(3, (3, 1), 3), dropout=0.0),
+    "3-53-3": lambda: gridconv.GridLiftingNetwork(hidden=8, blocks=1, kernel_sizes=(3, (5, 3), 3), dropout=0.0),
+    "3-33-1": lambda: gridconv.GridLiftingNetwork(hidden=8, blocks=1, kernel_sizes=(3, (3, 3), 1), dropout=0.0),
+    "one branch": lambda: gridconv.GridLiftingNetwork(hidden=8, blocks=1, padding=(("replicate", "circular"),), dropout=0.0),
+    "four branches": lambda: gridconv.GridLiftingNetwork(hidden=8, blocks=1, dropout=0.0, padding=(
+        "circular", "replicate", ("replicate", "circular"), ("circular", "replicate"))),
+    "7 x 3": lambda: gridconv.GridLiftingNetwork(layout=gridconv.random_layout(17, (7, 3)), hidden=8, blocks=1, dropout=0.0),
+    "32 joints": lambda: gridconv.GridLiftingNetwork(32, gridconv.HANDCRAFTED_7X5, hidden=8, blocks=1, dropout=0.0),
+    "temporal": lambda: gridconv.TemporalGridLiftingNetwork(filter_widths=(3, 3), hidden=8, dropout=0.0),
+    "temporal, learnable": lambda: gridconv.TemporalGridLiftingNetwork(
+        layout=gridconv.AutoGrids(), filter_widths=(3,), hidden=8, dropout=0.0),
+    "fc": lambda: gridconv.FullyConnectedLifter(hidden=16, dropout=0.0),
+    "gcn": lambda: gridconv.GraphConvLifter(hidden=16, dropout=0.0),
+    "gcn, 32 joints": lambda: gridconv.GraphConvLifter(32, SKELETONS["h36m32"].edges, hidden=16, dropout=0.0),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_trains_and_its_state_goes_out_and_back(name):
+    torch.manual_seed(0)
+    net = VARIANTS[name]()
+    J, T = net.num_joints, net.receptive_field
+    pose, target = torch.rand(8, *(() if T == 1 else (T,)), J, 2) * 2 - 1, torch.randn(8, J, 3)
+    assert net(pose).shape == (8, J, 3)
+    if getattr(net, "autogrids", None) is not None:
+        net.autogrids.noise = False
+    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+    losses = []
+    for _ in range(25):
+        loss = (net(pose) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in net.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] < losses[0] and losses[-1] < 0.85 * losses[0]
+    buffer = io.BytesIO()
+    torch.save(net.state_dict(), buffer)
+    buffer.seek(0)
+    other = VARIANTS[name]()
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(other.eval()(pose), net.eval()(pose))
+    assert net(pose[:0]).shape == (0, J, 3)
+    if name in ("temporal", "gcn"):
+        exported = torch.export.export(net, (pose,)).module()
+        torch.testing.assert_close(exported(pose), net(pose))
+
+
+def test_handcrafted_layouts_keep_left_and_right():
+    """The person's right stands left of the middle column, as the person faces the viewer; 5 x 5 mirrors exactly."""
+    mirror = SKELETONS["h36m17"].mirror
+    for row in gridconv.HANDCRAFTED_5X5:
+        assert [mirror[joint] for joint in row] == list(reversed(row))
+    for layout, skeleton in ((gridconv.HANDCRAFTED_5X5, "h36m17"), (gridconv.HANDCRAFTED_7X5, "h36m32")):
+        skeleton = SKELETONS[skeleton]
+        sides = {joint: name.split("_")[0] for joint, name in enumerate(skeleton.joints)}
+        for row in layout:
+            assert "left" not in [sides[joint] for joint in row[:2]] and "right" not in [sides[joint] for joint in row[3:]]
+
+
+@given(st.sampled_from([1, 3, 5]), grids, st.lists(st.sampled_from(MODES), min_size=1, max_size=2).map(tuple),
+       st.integers(1, 2), st.integers(0, 99))
+@settings(max_examples=15)
+def test_temporal_gridconv_by_loops(frames, grid, padding, groups, seed):
+    conv = shaken(gridconv.TemporalGridConv(2, 3, frames, padding, grid), seed)
+    x = torch.randn(2, groups * frames, 2, *grid, dtype=torch.float64)
+    got = conv(x.flatten(0, 1)).unflatten(0, (2, groups))
+    for group in range(groups):
+        want = 0
+        for k in range(frames):
+            seen = x[:, group * frames + k]
+            alpha = conv.frames[k].attention(seen)
+            want = want + plain_dgridconv(seen, conv.frames[k].weight, None, padding, alpha)
+        torch.testing.assert_close(got[:, group], want, rtol=1e-10, atol=1e-10)
+
+
+def test_temporal_gridconv_without_attention_is_torchs_conv3d():
+    conv = shaken(gridconv.TemporalGridConv(2, 3, 3, ("circular",), (5, 5)))
+    for frame in conv.frames:
+        nn.init.constant_(frame.attention.position.bias, 1e9)  # alpha = 1
+    x = torch.randn(2, 2, 9, 5, 5, dtype=torch.float64)  # (B, C, T, H, P)
+    kernel = torch.stack([frame.weight[0] for frame in conv.frames], 2)  # (C_out, C_in, K_t, K_s, K_s)
+    want = F.conv3d(F.pad(x.flatten(1, 2), (1, 1, 1, 1), mode="circular").unflatten(1, (2, 9)), kernel, stride=(3, 1, 1))
+    got = conv(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (2, 3)).transpose(1, 2)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("widths", [(3, 3, 3), (3, 5), (1, 3), (5,)])
+def test_temporal_network_is_videopose3ds_dilated_form(widths):
+    """Frame by frame, as VideoPose3D writes it: layer i reads frames apart by the product of the widths before it."""
+    net = shaken(gridconv.TemporalGridLiftingNetwork(filter_widths=widths, hidden=3))
+    T = math.prod(widths)
+    pose = torch.randn(2, T, 17, 2, dtype=torch.float64)
+    S = gridconv.assignment_matrix(gridconv.HANDCRAFTED_5X5, 17).double()
+
+    def layer(grid_layer, features):
+        y, norm = sum(conv(x) for conv, x in zip(grid_layer.conv.frames, features, strict=True)), grid_layer.norm
+        y = (y - norm.running_mean[:, None, None]) / (norm.running_var[:, None, None] + norm.eps).sqrt()
+        return (y * norm.weight[:, None, None] + norm.bias[:, None, None]).clamp(min=0)
+
+    def features(depth, t):
+        if depth < 0:
+            return gridconv.sgt(pose[:, t], S, (5, 5))
+        apart, half = math.prod(widths[:depth]), widths[depth] // 2
+        seen = [features(depth - 1, t + k * apart) for k in range(-half, half + 1)]
+        if depth == 0:
+            return layer(net.expand, seen)
+        first, second = net.blocks[depth - 1]
+        return seen[half] + layer(second, [layer(first, seen)])
+
+    want = gridconv.inverse_sgt(net.shrink(features(len(widths) - 1, T // 2)), S)
+    assert net.receptive_field == T
+    torch.testing.assert_close(net(pose), want, rtol=1e-10, atol=1e-10)
+
+
+def test_temporal_network_of_table_C():
+    net = gridconv.TemporalGridLiftingNetwork()
+    assert net.receptive_field == 27 and size(net) == 38063324 and round(size(net) / 1e6, 1) == 38.1
+    assert [len(layer.conv.frames) for layer in (net.expand, *net.blocks[0], *net.blocks[1])] == [3, 3, 1, 3, 1]
+    kernels = 2 * 9 * (3 * 2 * 512 + 2 * (3 + 1) * 512 ** 2 + 512 * 3)  # branches, K_s, K_t
+    attention = lambda c, width: c * width + 2 * width + (width + 1) * 225  # of each frame of a kernel
+    assert size(net) == kernels + 3 * attention(2, 16) + (3 + 1 + 3 + 1 + 1) * attention(512, 32) + 5 * 2 * 512
+    assert net.temperature == 30
+    net.temperature = 2.0
+    assert all(m.temperature == 2 for m in net.modules() if isinstance(m, gridconv.GridAttention))
+    assert len(net.scheduled_norms()) == 5 + 3 + 3 + 1 + 3 + 1 + 1
+    for source, paper, padding in (("gt", (33.5, 24.7), "replicate"), ("cpn", (44.3, 33.2), "zeros")):
+        recipe = train.RECIPES["gridconv-temporal-" + source]
+        assert (recipe.paper_mpjpe, recipe.paper_p_mpjpe) == paper and recipe.padding == ("circular", padding)
+        assert train.parameters(recipe) == 38063324 and recipe.filter_widths == (3, 3, 3) and recipe.data == "h36m"
+        assert (recipe.optimizer, recipe.lr, recipe.schedule, recipe.epochs, recipe.batch, recipe.dropout) == \
+            ("amsgrad", 1e-3, "0.95/1", 80, 1024, 0.25) and recipe.flips and recipe.flip_test
+        train.check_recipe(recipe)
+        long = dataclasses.replace(recipe, filter_widths=(3,) * 5)  # Table C prints no row by action, GLA-GCN's is another
+        assert evaluation.paper_row(recipe) is None and evaluation.paper_row(long) is None
+    assert train.RECIPES["gridconv-temporal-gt"].keypoints == "gt"
+    assert train.RECIPES["gridconv-temporal-cpn"].keypoints == "cpn_ft_h36m_dbb"
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))
+def test_soft_argmax_by_loops(h, w, seed):
+    torch.manual_seed(seed)
+    heatmaps = torch.randn(2, 3, h, w, dtype=torch.float64) * 3
+    got, longest = gridconv.soft_argmax(heatmaps), max(h, w)
+    for b in range(2):
+        for j in range(3):
+            total, x, y = 0.0, 0.0, 0.0
+            for r in range(h):
+                for c in range(w):
+                    p = math.exp(heatmaps[b, j, r, c])
+                    total, x, y = total + p, x + p * (c + 0.5), y + p * (r + 0.5)
+            want = data.normalise(np.array([x / total, y / total]), (w, h), "longest")
+            assert got[b, j].tolist() == pytest.approx(want.tolist(), abs=1e-12)
+    sharp = torch.full((1, 1, h, w), -1e4)
+    sharp[0, 0, h - 1, 0] = 0  # the lowest row, the leftmost column
+    want = [(1 - w) / longest, (h - 1) / longest]
+    assert gridconv.soft_argmax(sharp)[0, 0].tolist() == pytest.approx(want, abs=1e-6)
+
+
+def test_joint_loss_is_equation_13_and_its_gradients_are_right():
+    torch.manual_seed(0)
+    heatmaps = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+    lift = torch.randn(8, 12, dtype=torch.float64, requires_grad=True)
+    target_2d, target_3d = torch.rand(2, 4, 2, dtype=torch.float64), torch.rand(2, 4, 3, dtype=torch.float64)
+
+    def loss(heatmaps, lift, **weight):
+        pose = gridconv.soft_argmax(heatmaps)
+        return gridconv.joint_loss(pose, target_2d, (pose.flatten(1) @ lift).view(2, 4, 3), target_3d, **weight)
+
+    pose = gridconv.soft_argmax(heatmaps).detach()
+    off_2d, off_3d = pose - target_2d, (pose.flatten(1) @ lift.detach()).view(2, 4, 3) - target_3d
+    want_2d = sum(abs(v) for v in off_2d.flatten().tolist()) / 16
+    want_3d = sum(v * v for v in off_3d.flatten().tolist()) / 24
+    assert loss(heatmaps, lift).item() == pytest.approx(want_2d + 160 * want_3d)
+    assert loss(heatmaps, lift, weight=3.0).item() == pytest.approx(want_2d + 3 * want_3d)
+    assert torch.autograd.gradcheck(loss, (heatmaps, lift))
+    assert torch.autograd.gradcheck(gridconv.soft_argmax, heatmaps)
+
+
+def test_a_tiny_detector_learns_together_with_the_lifter():
+    """Blurred images of single joints, a detector that is almost blind, a lifter trained on true 2D: under Eq. 13 the 2D
+    and the 3D error fall together."""
+    torch.manual_seed(0)
+    pose_2d = torch.rand(16, 17, 2) * 1.4 - 0.7
+    pose_3d = 0.3 * torch.cat([pose_2d, pose_2d @ torch.randn(2, 1)], 2)
+    at = (2 * torch.arange(16) + 1 - 16) / 16
+    images = torch.exp(-100 * ((at - pose_2d[..., :1])[:, :, None, :] ** 2 + (at - pose_2d[..., 1:])[:, :, :, None] ** 2))
+    detector = nn.Conv2d(17, 17, 3, padding=1)
+    nn.init.dirac_(detector.weight)
+    lifter = gridconv.GridLiftingNetwork(hidden=8, blocks=1, dropout=0.0)
+    optimizer = torch.optim.Adam(lifter.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (lifter(pose_2d) - pose_3d).square().mean().backward()
+        optimizer.step()
+    lifter.eval()
+    optimizer = torch.optim.Adam([{"params": detector.parameters(), "lr": 0.1}, {"params": lifter.parameters(), "lr": 1e-3}])
+    errors = []
+    for _ in range(50):
+        found = gridconv.soft_argmax(detector(images))
+        lifted = lifter(found)
+        errors.append([(found - pose_2d).norm(dim=-1).mean().item(), (lifted - pose_3d).norm(dim=-1).mean().item()])
+        optimizer.zero_grad()
+        gridconv.joint_loss(found, pose_2d, lifted, pose_3d).backward()
+        optimizer.step()
+    assert errors[-1][0] < 0.25 * errors[0][0] and errors[-1][1] < 0.25 * errors[0][1]
+    loss = (lifter(gridconv.soft_argmax(detector(images))) - pose_3d).square().mean()
+    assert torch.autograd.grad(loss, detector.weight)[0].abs().sum() > 0  # the 3D loss alone reaches the detector
+
+
+@given(st.integers(1, 9), st.integers(1, 3), st.integers(1, 3), st.integers(0, 999))
+def test_graph_convolution_is_the_primers_equation_1(joints, c_in, c_out, seed):
+    random = np.random.default_rng(seed)
+    edges = [(int(random.integers(joint)), joint) for joint in range(1, joints)]
+    layer = gridconv.GraphConv(c_in, c_out, edges, joints).double()
+    A = [[float((i, j) in edges or (j, i) in edges) for j in range(joints)] for i in range(joints)]
+    W = [[A[i][j] + (i == j) for j in range(joints)] for i in range(joints)]
+    D = [sum(row) for row in W]
+    x = torch.randn(2, c_in, joints, dtype=torch.float64)
+    theta, want = layer.theta.weight, torch.zeros(2, c_out, joints, dtype=torch.float64)
+    for b in range(2):
+        for i in range(joints):
+            for o in range(c_out):
+                for j in range(joints):
+                    for c in range(c_in):
+                        want[b, o, i] += D[i] ** -0.5 * W[i][j] * D[j] ** -0.5 * x[b, c, j] * theta[o, c, 0]
+    torch.testing.assert_close(layer(x), want, rtol=1e-6, atol=1e-6)  # the graph is kept in float32
+    torch.testing.assert_close(gridconv.GraphConv(c_in, c_out, [(j, i) for i, j in edges], joints).graph, layer.graph.float())
+
+
+def plain_layer(layer, x):
+    """nn.Sequential(linear map, batch norm, ReLU, dropout) in evaluation; x (B, C) or (B, C, J)."""
+    linear, norm, _, _ = layer
+    y, column = linear(x), (...,) + (None,) * (x.dim() - 2)
+    y = (y - norm.running_mean[column]) / (norm.running_var[column] + norm.eps).sqrt()
+    return (y * norm.weight[column] + norm.bias[column]).clamp(min=0)
+
+
+def test_neighbours_layer_by_layer():
+    for net in (shaken(gridconv.FullyConnectedLifter(hidden=6, in_dim=2)), shaken(gridconv.GraphConvLifter(hidden=6))):
+        pose = torch.randn(3, 17, 2, dtype=torch.float64)
+        full = isinstance(net, gridconv.FullyConnectedLifter)
+        parts = list(net.network)[1:-1] if full else list(net.network)
+        expand, *blocks, shrink = parts
+        assert len(blocks) == 2 and sum(isinstance(m, (nn.Linear, gridconv.GraphConv)) for m in net.modules()) == 6
+        x = torch.stack([torch.cat([p[j] for j in range(17)]) for p in pose]) if full else pose.transpose(1, 2)
+        x = plain_layer(expand, x)
+        for first, second in blocks:
+            x = x + plain_layer(second, plain_layer(first, x))
+        if full:
+            y = x @ shrink.weight.T + shrink.bias
+            want = torch.stack([torch.stack([row[3 * j:3 * j + 3] for j in range(17)]) for row in y])
+        else:
+            want = shrink(x).transpose(1, 2)
+        torch.testing.assert_close(net(pose), want)
+        assert [m.p for m in net.modules() if isinstance(m, nn.Dropout)] == [0.5 if full else 0.25] * 5
+
+
+def test_neighbours_parameters():
+    fc, gcn = gridconv.FullyConnectedLifter(), gridconv.GraphConvLifter()
+    assert size(fc) == 35 * 1024 + 4 * 1025 * 1024 + 1025 * 51 + 5 * 2 * 1024 == 4296755
+    assert size(gcn) == 2 * 256 + 4 * 256 ** 2 + 256 * 3 + 5 * 2 * 256 == 265984
+    assert fc.receptive_field == gcn.receptive_field == 1
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda: gridconv.TemporalGridLiftingNetwork(filter_widths=(3, 2), hidden=2), r"filter_widths: \(3, 2\)"),
+    (lambda: gridconv.TemporalGridLiftingNetwork(filter_widths=(), hidden=2), "filter_widths"),
+    (lambda: gridconv.TemporalGridLiftingNetwork(filter_widths=(3,), hidden=2)(torch.zeros(2, 9, 17, 2)), r"\(B, 3, 17, 2\)"),
+    (lambda: gridconv.TemporalGridLiftingNetwork(filter_widths=(3,), hidden=2)(torch.zeros(2, 17, 2)), r"\(B, 3, 17, 2\)"),
+    (lambda: gridconv.FullyConnectedLifter(hidden=2)(torch.zeros(2, 16, 2)), r"\(2, 16, 2\).*\(B, 17, 2\)"),
+    (lambda: gridconv.GraphConvLifter(hidden=2)(torch.zeros(17, 2)), r"\(B, 17, 2\)"),
+    (lambda: gridconv.GraphConv(1, 1, [(0, 3)], 3), r"\(0, 3\).*0\.\.2")])
+def test_variants_refuse_bad_arguments(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+VARIANT_RECIPES = [dict(method="gridconv-temporal", filter_widths=(3, 3)), dict(method="fc"), dict(method="gcn"),
+                   dict(method="gcn", skeleton="h36m32"), dict(method="gridconv-temporal", layout="autogrids")]
+
+
+@pytest.mark.parametrize("fields", VARIANT_RECIPES, ids=str)
+def test_variants_are_built_from_recipes_and_read_back(fields, tmp_path):
+    torch.manual_seed(0)
+    recipe = tiny_recipe(**{"filter_widths": (3,), "temperature": 5.0, **fields})
+    train.check_recipe(recipe)
+    model = shaken(evaluation.build_model(recipe)).float()
+    torch.save({"format": "poselift", "version": 1, "recipe": dataclasses.asdict(recipe), "model": model.state_dict(),
+                "epoch": 1, "data": ""}, tmp_path / "m.pt")
+    again = evaluation.load_model(tmp_path / "m.pt")
+    T, J = model.receptive_field, model.num_joints
+    pose = torch.randn(2, *(() if T == 1 else (T,)), J, 2)
+    assert torch.equal(again(pose), model(pose)) and size(again) == train.parameters(recipe)
+    assert evaluation.inspect(again).startswith(f"tiny ({fields['method']}): {size(model):,} parameters, receptive field {T}")
+    assert getattr(model, "temperature", 5.0) == 5.0
+    if fields["method"] == "gcn":  # the skeleton's own bones are its graph
+        graph = [m for m in model.modules() if isinstance(m, gridconv.GraphConv)][0].graph
+        bones = {frozenset(edge) for edge in SKELETONS[recipe.skeleton].edges}
+        assert {frozenset(pair) for pair in graph.triu(1).nonzero().tolist()} == bones
+
+
+@pytest.mark.parametrize("fields", VARIANT_RECIPES[:3], ids=str)
+def test_variants_train_on_a_store_and_are_scored(fields, run_folder):
+    recipe = tiny_recipe(**{**fields, "flips": True, "flip_test": True, "epochs": 0.01})
+    result = train.train(recipe, out=run_folder / "run", quiet=True)
+    model = evaluation.load_model(run_folder / "run" / "last.pt")
+    store = train.make_store(recipe, "", "test", torch.device("cpu"))
+    assert evaluation.evaluate(model, store, flip=True)["mpjpe"] == pytest.approx(result["last"]["mpjpe"], rel=1e-6)
+    if fields["method"] == "gridconv-temporal":  # each prediction is that of its own window, edges repeated
+        first = store.input[:20]
+        window = torch.stack([first[max(0, min(19, 17 + k))] for k in range(-4, 5)])
+        torch.testing.assert_close(evaluation.predict(model, store, [17])[0], model(window[None])[0].detach())
+
+
+def test_neighbours_ablation_builds_its_rows():
+    base, _, rows = train.ABLATIONS["neighbours"]
+    made = {label: evaluation.build_model(dataclasses.replace(train.RECIPES[base], **fields))
+            for label, (_, fields) in rows.items()}
+    assert [type(m).__name__ for m in made.values()] == ["GridLiftingNetwork", "FullyConnectedLifter", "GraphConvLifter"]
+    assert rows["D-GridConv"][0] == 37.1 and rows["fully connected"][0] == 45.5
+    assert size(made["fully connected"]) == 4296755
+    for fields in (dict(method="fc", loss="grid"), dict(method="gcn", norm_schedule=True), dict(method="linear")):
+        with pytest.raises(InputError, match="grid|norm_schedule|method"):
+            train.check_recipe(tiny_recipe(**fields))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # glagcn.py
 
@@ -2859,6 +3203,137 @@ def test_eval_headline_is_the_protocols_average():
     assert evaluation.headline(scores, "h36m") == (3.0, 2.0) and evaluation.headline(scores, "mocap") == (4.0, 3.5)
     assert evaluation.headline(scores, "humaneva") == (3.0, 1.5)
     assert evaluation.headline({**scores, "all": {"mpjpe": 9.0}}, "3dhp") == (9.0, 3.5)
+
+
+# ---- eval: looking inside
+
+def _ev_inspected(tmp_path, capsys, *options, **fields):
+    """The text of `eval.py inspect` for a shaken model of the recipe's fields, and the model."""
+    _ev_save(_ev_shake(evaluation.build_model(_ev_recipe(**fields))), tmp_path / "m.pt")
+    evaluation.main(["inspect", str(tmp_path / "m.pt"), *map(str, options)])
+    return capsys.readouterr().out, evaluation.load_model(tmp_path / "m.pt")
+
+
+def _ev_rows(text):
+    """{first cell: other cells} of all tables in a text."""
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n") if line.startswith("| ")]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_eval_inspect_learnt_grid_as_text_graph_and_probabilities(tmp_path, capsys):
+    fields = dict(layout="autogrids", hidden=2)
+    model = evaluation.build_model(_ev_recipe(**fields))
+    torch.manual_seed(1)
+    model.autogrids.s_prob.data = torch.randn(25, 17) * 2
+    _ev_save(model, tmp_path / "m.pt")
+    evaluation.main(["inspect", str(tmp_path / "m.pt")])
+    text = capsys.readouterr().out
+    rows, S = _ev_rows(text), model.autogrids.s_prob.tolist()
+    p = [[math.exp(v) / sum(math.exp(u) for u in row) for v in row] for row in S]
+    held = [row.index(max(row)) for row in S]
+    shown = [[int(word) for word in line.split()] for line in text.split("grid, 5 x 5:\n")[1].split("\n")[:5]]
+    assert sum(shown, []) == held
+    names = SKELETONS["h36m17"].joints
+    for j, name in enumerate(names):
+        column = [row[j] for row in p]
+        assert rows[f"{j} {name}"] == [str(held.count(j)), f"{sum(column):.2f}", f"{max(column):.3f}"]
+        around = {held[5 * r + c] for i in range(25) if held[i] == j for r, c in (
+            (i // 5 - 1, i % 5), (i // 5 + 1, i % 5), (i // 5, i % 5 - 1), (i // 5, i % 5 + 1)) if 0 <= r < 5 and 0 <= c < 5} - {j}
+        assert f"  {j} {name}: {', '.join(f'{a} {names[a]}' for a in sorted(around)) or 'none'}\n" in text
+        assert {b for a, b in evaluation.grid_links(model) if a == j} == around
+    absent = [f"{j} {names[j]}" for j in range(17) if j not in held]
+    assert absent and f"dropped joints: {', '.join(absent)}\n" in text
+
+
+def test_eval_inspect_attention_by_position_and_input(tmp_path, capsys, monkeypatch):
+    _ev_fake_data(monkeypatch)
+    text, model = _ev_inspected(tmp_path, capsys, "--data", "d", kernel_sizes=(3, (1, 3), 5))
+    assert "Attention on 15 test frames of synthetic motion:" in text
+    store = evaluation.load_store(model, "d", "test")
+    S, rows = model.assignment(), _ev_rows(text)
+    x = gridconv.sgt(store.input[:15], S, (5, 5))
+    with torch.no_grad():
+        seen = {"expand": (model.expand.conv, x)}
+        h = model.expand(x)
+        seen["blocks.0.0"] = model.blocks[0][0].conv, h
+        seen["blocks.0.1"] = model.blocks[0][1].conv, model.blocks[0][0](h)
+        seen["shrink"] = model.shrink, h + model.blocks[0](h)
+        assert {name for name, row in rows.items() if "x" in row[0]} == set(seen)
+        for name, (conv, x) in seen.items():
+            alpha, K = conv.attention(x).double().numpy(), conv.kernel_size
+            mean = alpha.mean()
+            spread = [100 * np.mean([np.std(alpha[n, :, :, a, b]) for n in range(15) for a in range(K) for b in range(K)]) / mean,
+                      100 * np.mean([np.std(alpha[:, i, j, a, b]) for i in range(5) for j in range(5) for a in range(K)
+                                     for b in range(K)]) / mean,
+                      100 * np.mean([np.std(alpha[n, i, j]) for n in range(15) for i in range(5) for j in range(5)]) / mean]
+            kernels = np.abs(conv.weight.detach().double().numpy()).reshape(-1, K * K)
+            largest = 100 * np.mean([kernel.max() / kernel.sum() for kernel in kernels])
+            assert rows[name][0] == f"{K} x {K}"
+            assert [float(v) for v in rows[name][1:]] == pytest.approx([largest, mean, *spread], abs=0.006)
+
+
+def test_eval_inspect_of_other_models(tmp_path, capsys):
+    text, _ = _ev_inspected(tmp_path, capsys, attention="")
+    assert "Attention on" not in text and _ev_rows(text)["shrink"][2:] == ["-"] * 4
+    text, _ = _ev_inspected(tmp_path, capsys, method="gridconv-temporal", filter_widths=(3, 3))
+    assert "227 random inputs" in text and "grid, 5 x 5:" in text
+    assert [name for name in _ev_rows(text) if "." in name] == [
+        *(f"expand.frames.{k}" for k in range(3)), *(f"blocks.0.0.frames.{k}" for k in range(3)), "blocks.0.1.frames.0"]
+    for method in ("fc", "gcn"):
+        assert _ev_inspected(tmp_path, capsys, method=method)[0].count("\n") == 1
+    torch.save({"state_dict": _ev_released_gridconv("dynamic", grid=(7, 3))}, tmp_path / "7x3")  # no layout: random grids
+    evaluation.main(["inspect", str(tmp_path / "7x3"), "--padding", "circular,zeros", "--grid", "7,3"])
+    text = capsys.readouterr().out
+    assert "grid, " not in text and _ev_rows(text)["expand"][0] == "3 x 3" and "-" not in _ev_rows(text)["expand"]
+
+
+@pytest.mark.parametrize("fields", [dict(unshared_weight=0.5), dict(head="full"), dict(skeleton="humaneva15")], ids=str)
+def test_eval_inspect_similarity_of_joints(fields, tmp_path, capsys):
+    text, model = _ev_inspected(tmp_path, capsys, method="glagcn", **fields)
+    joints = SKELETONS[model.recipe.skeleton].joints
+    generator, J = torch.Generator().manual_seed(0), len(joints)
+    x, kept = torch.rand(256, 3, J, 2, generator=generator) * 2 - 1, []
+    model.head.forward = lambda v: kept.append(v.detach().double().numpy()) or v  # instead of the head: what it is given
+    model(x)
+    v = kept[0]
+    alike = [[np.mean([a[i] @ a[j] / np.linalg.norm(a[i]) / np.linalg.norm(a[j]) for a in v]) for j in range(J)] for i in range(J)]
+    rows = _ev_rows(text)
+    for i, name in enumerate(joints):
+        assert [float(cell) for cell in rows[f"{i} {name}"]] == pytest.approx(alike[i], abs=0.006)
+    pairs = {(i, j): alike[i][j] for j in range(J) for i in range(j)}
+    i, j = min(pairs, key=pairs.get)
+    assert f"{np.mean(list(pairs.values())):.2f} on average; least {i} {joints[i]} and {j} {joints[j]}" in text
+    assert ("unshared weights (Eq. 5):" in text) == ("unshared_weight" in fields)
+    if "unshared_weight" in fields:
+        W = model.head.W.detach().double().numpy().reshape(J, -1)
+        W = W / np.linalg.norm(W, axis=1, keepdims=True)
+        mean = np.mean([W[i] @ W[j] for j in range(J) for i in range(j)])
+        assert f"unshared weights (Eq. 5):\n{mean:.2f} on average" in text
+
+
+@pytest.mark.parametrize("fields", [dict(layout="autogrids"), dict(attention="", skeleton="h36m32", layout="handcrafted", grid=(7, 5)),
+                                    dict(method="glagcn", unshared_weight=1.0)], ids=str)
+def test_eval_inspect_draws(fields, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    _ev_inspected(tmp_path, capsys, "--plot", tmp_path / "inside.png", **fields)
+    assert (tmp_path / "inside.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    evaluation.main(["inspect", str(tmp_path / "m.pt"), "--plot", str(tmp_path / "again.svg")])
+    assert b"<svg" in (tmp_path / "again.svg").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.svg", "inside.png", "m.pt"]
+
+
+def test_eval_inspect_refuses_what_it_cannot_draw(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(InputError, match="nothing to draw, fc"):
+        _ev_inspected(tmp_path, capsys, "--plot", tmp_path / "a.png", method="fc")
+    with pytest.raises(InputError, match="h36m17.*humaneva15"):
+        _ev_inspected(tmp_path, capsys, "--data", "d", "--dataset", "humaneva")
+    with pytest.raises(InputError, match="a.mp9: unknown picture format 'mp9'"):
+        _ev_inspected(tmp_path, capsys, "--plot", tmp_path / "a.mp9")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match="pip install matplotlib"):
+        _ev_inspected(tmp_path, capsys, "--plot", tmp_path / "a.png")
+
 
 
 # ---------------------------------------------------------------------------------------------------------------------

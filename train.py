@@ -72,7 +72,7 @@ class Recipe:
     normalise: str = "release-500"  # of the 2D: release-500, width or longest
     target: str = "camera"  # camera: root-relative metres; uvd: pixel u, v and depth (the section-sign rows)
     # model
-    method: str = "gridconv"  # gridconv or glagcn
+    method: str = "gridconv"  # gridconv, gridconv-temporal, glagcn, or a neighbour: fc (fully connected) or gcn
     dropout: float = 0.25
     layout: str = "released"  # handcrafted, released, random, row, column, global, autogrids or autogrids-random
     layout_seed: int = 0  # of the random layouts and shuffles
@@ -145,6 +145,15 @@ def _recipes():
         ours="the 7 x 5 layout", **joints32)
     add("gridconv-gt-32-learnable", "GridConv Table 6, 32 joints learnable, P1*", 33.4, base=gt_learnable,
         ours="the 7 x 5 prior", **joints32)
+
+    # Temporal GridConv (B.3): "the rest settings" are VideoPose3D's.
+    temporal = Recipe(method="gridconv-temporal", hidden=512, filter_widths=(3,) * 3, normalise="width", loss="mpjpe",
+                      optimizer="amsgrad", schedule="0.95/1", epochs=80.0, batch=1024, micro_batch=256,
+                      norm_schedule=True, flips=True, flip_test=True,
+                      ours="VideoPose3D's training, the released layout and padding")
+    add("gridconv-temporal-gt", "GridConv Table C, T=27, P1* / P2*", 33.5, 24.7, base=temporal)
+    add("gridconv-temporal-cpn", "GridConv Table C, CPN, T=27, P1 / P2", 44.3, 33.2, base=temporal,
+        keypoints="cpn_ft_h36m_dbb", padding=("circular", "zeros"))
 
     # GLA-GCN (ICCV 2023). 80 epochs, batch 512, Ranger 1e-2, cosine, flips.
     gla = Recipe(method="glagcn", normalise="width", dropout=0.1, loss="mpjpe", optimizer="ranger", lr=1e-2, batch=512,
@@ -345,7 +354,7 @@ def batches(order, size, least=2):
 
 def check_recipe(recipe):
     """InputError where a field of the recipe cannot be meant, before anything is loaded or built."""
-    words = {"method": ("gridconv", "glagcn"), "loss": ("mse", "grid", "mpjpe"), "precision": ("float32", "tf32", "bf16"),
+    words = {"method": evaluation.METHODS, "loss": ("mse", "grid", "mpjpe"), "precision": ("float32", "tf32", "bf16"),
              "target": ("camera", "uvd"), "skip": ("", "gridconv"), "optimizer": ("adam", "amsgrad", "ranger"),
              "skeleton": tuple(data.SKELETONS)}
     for name, known in words.items():
@@ -366,6 +375,8 @@ def check_recipe(recipe):
             raise InputError(f"{name}: {getattr(recipe, name)!r}, expected something like {example}")
     learning_rate(recipe, 0)
     for wrong, why in ((recipe.loss == "grid" and recipe.method != "gridconv", "loss: 'grid' needs a grid, so gridconv"),
+                       (recipe.norm_schedule and recipe.method not in ("glagcn", "gridconv-temporal"),
+                        "norm_schedule: only glagcn and gridconv-temporal have one"),
                        (recipe.reconstruct and recipe.method != "glagcn", "reconstruct: only glagcn has a sequence head"),
                        (recipe.reconstruct and recipe.causal, "causal: a causal model has no sequence to reconstruct"),
                        (recipe.refine and (recipe.loss == "grid" or recipe.target == "uvd"),
@@ -884,6 +895,9 @@ ABLATIONS = {
         name: (paper, dict(kernel_sizes=sizes)) for name, paper, sizes in
         (("3-33-3", 37.1, (3, (3, 3), 3)), ("3-31-3", 37.2, (3, (3, 1), 3)), ("3-53-3", 37.8, (3, (5, 3), 3)),
          ("3-33-1", 37.7, (3, (3, 3), 1)))}),
+    "neighbours": ("gridconv-mocap", "P1*, Tables 2 and 5", {
+        "D-GridConv": (37.1, {}), "fully connected": (45.5, dict(method="fc", hidden=1024)),
+        "graph convolution": (None, dict(method="gcn", hidden=256))}),
     "glagcn-6": ("glagcn-mocap", "P2 on gt, Table 6", {
         "without AGCN (ST-GCN)": (28.0, dict(adaptive=False)), "without strides": (30.6, dict(temporal="mean")),
         "without individual layers": (27.7, dict(head="full")), "GLA-GCN": (25.8, {})}),
