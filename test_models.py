@@ -2151,13 +2151,13 @@ def test_data_run_exit_statuses(capsys):
 def test_data_check_folder(miniature, bvh_folder, tmp_path):
     assert data_command("check", tmp_path / "none").returncode == 2
     empty = data_command("check", tmp_path)
-    assert empty.returncode == 0 and empty.stdout.count("not here") == 5 and "vision.imar.ro" in empty.stdout
+    assert empty.returncode == 0 and empty.stdout.count("not here") == 8 and "vision.imar.ro" in empty.stdout
     write_objects(tmp_path / "data_3d_h36m.npz", positions_3d=miniature)
     write_objects(tmp_path / "data_2d_h36m_cpn.npz", positions_2d=views_of(miniature))
     data.convert_bvh(bvh_folder, tmp_path, "mocap", "old")
     lines, unusable = data.check_folder(tmp_path)
     text = "\n".join(lines)
-    assert unusable == 0 and "Human3.6M, 2D cpn" in text and "Human3.6M, 2D gt" in text and "HumanEva-I: not here" in text
+    assert unusable == 0 and "Human3.6M, 2D cpn" in text and "Human3.6M, 2D gt" in text and "HumanEva-I, 2D gt: not here" in text
     assert "train: 40 sequences, 320 frames; files in Human3.6M layout (not Human3.6M: 320 frames)" in text and "8 BVH clips" in text
     (tmp_path / "data_2d_h36m_cpn.npz").write_bytes(b"PK")
     damaged = data_command("check", tmp_path)
