@@ -93,7 +93,7 @@ def _existing(path, remedy):
     except FileNotFoundError:
         raise Missing(f"{path}: not found; {remedy}") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); allow it, or name another") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -997,7 +997,7 @@ def _entry(nested, path, remedy, *keys):
     """nested[key][key]..., or an InputError that names the first missing key."""
     for depth, key in enumerate(keys, 1):
         if not isinstance(nested, dict) or key not in nested:
-            raise InputError(f"{path}: it holds no {' '.join(keys[:depth])}; {remedy}")
+            raise InputError(f"{path}: it holds no {' '.join(map(str, keys[:depth]))}; {remedy}")
         nested = nested[key]
     return nested
 
@@ -1014,7 +1014,7 @@ def _videopose3d(folder, name, keypoints, subjects, cameras, remedy):
         actions = _entry(space, paths[0], remedy, subject)
         if not isinstance(actions, dict):
             raise InputError(f"{paths[0]}: {subject} is no dictionary of actions; {remedy}")
-        for action in actions:
+        for action in map(str, actions):
             where = f"{subject} {action}"
             world = _poses(_entry(actions, paths[0], remedy, action), f"{paths[0]}: {where}: 3D", (3,))
             views = [None] * len(cameras)
@@ -1165,6 +1165,7 @@ def load_dataset(recipe, folder, split):
     keypoints = recipe.keypoints
     if recipe.data == "synthetic":
         return [s for s in synthesize(0) if s.subject in SPLITS[split]]
+    listing(folder)
     if recipe.data == "mocap":
         return load_mocap(folder, "mocap", keypoints, split)
     if recipe.data == "humaneva":
@@ -1205,11 +1206,11 @@ def files_of(recipe, folder):
 
 
 def listing(folder):
-    """The sorted names in a data folder, none where there is no such folder; InputError where it may not be read."""
+    """The sorted names in a data folder, None where there is no such folder; InputError where it may not be read."""
     try:
         return sorted(os.listdir(folder))
     except FileNotFoundError:
-        return []
+        return None
     except OSError as error:
         raise InputError(f"{folder}: cannot be listed ({error.strerror}); name a data folder that you may read") from None
 
@@ -1232,9 +1233,9 @@ SETS = (
 
 def check_folder(folder):
     """(lines, unusable sets): what a folder holds, what that allows to reproduce, what is missing and where it is."""
-    if not Path(folder).exists():
-        raise InputError(f"{folder}: not found; name the data folder")
     sets, names = list(SETS), listing(folder)
+    if names is None:
+        raise InputError(f"{folder}: not found; name the data folder")
     for name in names:  # 2D that no published row uses
         match = re.fullmatch(r"data_2d_(h36m|humaneva15|mocap)_(.+)\.npz", name)
         if match and not any(one[1] == match[1].removesuffix("15") and one[2] == match[2] for one in SETS):

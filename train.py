@@ -785,6 +785,7 @@ def paper_figures(recipe):
     return {name: value for name in FIGURES if (value := getattr(recipe, "paper_" + name))}
 
 
+@functools.cache
 def arithmetic(recipe):
     """Floating-point operations of a training step on one sample, forward and backward, counted on the meta device."""
     model = evaluation.build_model(recipe).to("meta").train()
@@ -842,7 +843,7 @@ def list_recipes(folder="data", device=None):
     """Print every recipe: the row it reproduces, the paper's figure, its data and whether that is here, its parameters,
     arithmetic an epoch and hours on this device (one short timing of each method and width), and what of it is ours."""
     device, rows, counted, timed = evaluation.pick_device(device), [], {}, {}
-    data.listing(folder)
+    data.listing(folder)  # permitted?
     for r in RECIPES.values():
         missing = missing_files(r, folder)
         total, hours = cost(r, folder, device, counted, timed)
@@ -1179,7 +1180,7 @@ def reproduce(folder, out, device, only, everything, seeds, quick, options):
     if seeds < 1:
         raise InputError(f"--seeds {seeds}: expected a number above 0")
     device, out, names = evaluation.pick_device(device), Path(out), rows_to_run(folder, only, everything)
-    plan, lines, counted, timed, total = [], [], {}, {}, 0.0
+    plan, lines, hours, counted, timed, total = [], [], {}, {}, {}, 0.0
     for seed in range(seeds):
         for name in names:
             recipe = dataclasses.replace(options(RECIPES[name]), seed=seed)
@@ -1187,13 +1188,14 @@ def reproduce(folder, out, device, only, everything, seeds, quick, options):
             check_recipe(recipe)
             place = out / (name + "-quick" * quick + f"-seed-{seed}" * (seed > 0))
             done = is_done(recipe, folder, place)
-            hours = None if done else cost(recipe, folder, device, counted, timed)[1]
-            total += hours or 0.0
+            if name not in hours:
+                hours[name] = cost(recipe, folder, device, counted, timed)[1]
+            total += 0.0 if done else hours[name] or 0.0
             state = "done" if done else "to be continued" if (place / "last.pt").exists() else "to run"
-            lines.append([place.name, recipe.row, f"{recipe.epochs:g}", state, hours and f"{hours:.2f}"])
+            lines.append([place.name, recipe.row, f"{recipe.epochs:g}", state, hours[name] and f"{hours[name]:.2f}"])
             plan += [] if done else [(recipe, place)]
-    print(f"{'Published rows' if names[0] not in EMBEDDED else 'No data of a published row, so procedural motion'}; data: {folder}; "
-          f"device: {device_name(device)}" + "; a tenth of the epochs" * quick + "\n")
+    what = f"no published row's data in {folder}, so both methods on procedural motion" if names[0] in EMBEDDED else f"data in {folder}"
+    print(f"To run: {what}, on {device_name(device)}" + ", a tenth of the epochs" * quick + ".\n")
     print(evaluation.markdown(["run", "row", "epochs", "state", "hours"], lines))
     print(f"\nAbout {total * 60:.0f} minutes ({total:.1f} hours) of training, from one short timing of each method here; evaluation comes on "
           "top.\nInterrupted, the same command continues.\n", flush=True)
