@@ -3529,7 +3529,7 @@ def test_main_job_by_independent_arithmetic(tiny_rows, everything, tmp_path, cap
         assert f"{mean:.2f}" in line and f"{mean - row['paper']:+.2f}" in line and "| no " in line
     section = report[report.index("## gridconv-hrnet-learnable, seed 1"):]
     assert section.startswith("## gridconv-hrnet-learnable, seed 1: GridConv Table 1 and A, P1 / P2") and "cells differ from the prior" in section
-    row = table_rows(section[:section.index("### Last")])["SittingDown"]
+    row = table_rows(section[:section.index("| subject")])["SittingDown"]
     assert row[2] == f"{kept['runs'][3]['best']['actions']['SittingDown']['mpjpe']:.2f}"
     assert row[3] == "63.90" and row[5] == "52.50"
 

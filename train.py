@@ -1079,8 +1079,9 @@ def run_section(r):
     if "autogrids" in r:
         dropped = ", ".join(map(str, r["autogrids"]["dropped"])) or "none"
         parts.append(f"Learnt grid: {r['autogrids']['cells_changed']} cells differ from the prior; joints dropped: {dropped}.")
-    best = f"Best epoch, {r['best']['epoch']:g}, chosen on the test set as the papers do"
-    for title, scores in ((best, r["best"]), ("Last epoch", r["last"]), (f"Last epoch, {REFINED}", r.get(REFINED))):
+    same = r["best"]["mpjpe"] == r["last"]["mpjpe"]
+    best = f"Best epoch, {r['best']['epoch']:g}, chosen on the test set as the papers do" + ", which is the last" * same
+    for title, scores in ((best, r["best"]), ("Last epoch", None if same else r["last"]), (f"Last epoch, {REFINED}", r.get(REFINED))):
         if scores:
             parts += [f"### {title}", evaluation.report(scores, source, recipe)]
     return "\n\n".join(parts)
