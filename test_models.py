@@ -3213,7 +3213,7 @@ def test_report_of_several_runs(run_folder):
     text = train.write_report(run_folder)
     result = json.loads((run_folder / "a" / "result.json").read_text())
     assert f"{result['last']['pooled']['mpjpe']:.2f}" in text and f"{result['yardsticks']['affine']:.2f}" in text
-    assert "not Human3.6M" in text and (run_folder / "report.md").read_text().count("## ") == 2
+    assert "not Human3.6M" in text and (run_folder / "report.md").read_text().count("\n## ") == 2
     assert len(json.loads((run_folder / "report.json").read_text())) == 2
     (run_folder / "b" / "result.json").write_text("{")
     with pytest.raises(data.InputError, match="b/result.json"):
@@ -3441,6 +3441,7 @@ def test_gridconvs_archives_serve_human36m_rows(everything, tmp_path):
     gt, hrnet = train.RECIPES["gridconv-gt"], train.RECIPES["gridconv-hrnet"]
     assert not train.missing_files(gt, tmp_path) and not train.missing_files(hrnet, tmp_path)
     assert train.missing_files(train.RECIPES["gridconv-gt-32"], tmp_path) == ["data_3d_h36m.npz"]
+    assert train.missing_files(gt, tmp_path / "h36m" / "hrnet")  # archives without their keypoints' name may be of any kind
     store = store_of(gt, tmp_path, "test")
     pixels = np.concatenate([p for key, p in image["test"].items() if key[::2] != ("S11", f"Directions.{key[2][-8:]}")])
     np.testing.assert_allclose(store.input.flatten(1), (pixels - 500) / 500, atol=1e-5)
@@ -3613,10 +3614,14 @@ def test_which_rows_run(everything, tmp_path):
     assert train.rows_to_run(folder, train.ONLY_BY_NAME[0]) == [train.ONLY_BY_NAME[0]]
     assert train.rows_to_run(folder, "gridconv-3dhp-cross") == ["gridconv-gt-learnable", "gridconv-3dhp-cross"]
     (tmp_path / "data_test_3dhp.npz").write_bytes((folder / "data_test_3dhp.npz").read_bytes())
+    assert not train.missing_files(train.RECIPES["gridconv-3dhp-cross"], tmp_path) and train.missing_files(train.RECIPES["glagcn-3dhp-27"], tmp_path)
     assert train.rows_to_run(tmp_path, everything=True) == list(train.EMBEDDED)  # 3DHP's test set alone trains nothing
     for only, says in (("gridconv-gt", "gridconv-gt needs data_3d_h36m.npz"), ("gridconv-gtt", "unknown 'gridconv-gtt'")):
         with pytest.raises(InputError, match=says):
             train.rows_to_run(tmp_path, only)
+    recipes = [train.RECIPES["gridconv-hrnet"], tiny_recipe(name="mine"), train.RECIPES["glagcn-gt-243"]]
+    results = [{"recipe": dataclasses.asdict(recipe), "data": "x", "seed": 0} for recipe in recipes]
+    assert [group[0]["recipe"]["name"] for group in train.by_recipe(results)] == ["glagcn-gt-243", "gridconv-hrnet", "mine"]  # headlines first
     quick = train.quickened(train.RECIPES["glagcn-gt-243-reconstruct"])
     assert (quick.epochs, quick.stage_one_epochs) == (8, 6) and train.quickened(train.RECIPES["gridconv-gt-learnable"]).noise_epochs == 3
     assert train.settings_changed(dataclasses.asdict(quick)).startswith("noise_epochs 3.0 (published: 30.0)")
@@ -3718,6 +3723,8 @@ def test_files_of_any_other_structure_end_in_one_line(tmp_path_factory, everythi
     (lambda f: (f / "data_2d_humaneva15_gt.npz").write_bytes((f / "data_2d_humaneva15_gt.npz").read_bytes()[:900]), "data_2d_humaneva15_gt.npz: cannot be read"),
     (lambda f: np.savez(f / "data_3d_humaneva15.npz"), "no dictionary under the key 'positions_3d'"),
     (lambda f: write_objects(f / "data_3d_humaneva15.npz", positions_3d={"Train/S1": Hostile()}), "system, which is refused"),
+    (lambda f: write_objects(f / "data_3d_humaneva15.npz", positions_3d={"Train/S1": None}), "Train/S1 is no dictionary of actions"),
+    (lambda f: write_objects(f / "data_3d_humaneva15.npz", positions_3d={"Train/S1": {7: np.zeros((3, 15, 3))}}), "it holds no 7"),
     (lambda f: damage(f, "3d", lambda a: np.full_like(a, np.nan)), "Train/S2 Walking 1 chunk1 camera C1, 3D, frame 0: NaN"),
     (lambda f: damage(f, "3d", lambda a: a[:0]), "Train/S2 Walking 1 chunk1 camera C1: no frames; remove the sequence"),
     (lambda f: damage(f, "2d", lambda views: views[:2]), "Train/S2 Walking 1 chunk1 has 2 cameras, expected 3"),
@@ -3748,7 +3755,8 @@ def test_a_folder_without_permission_is_named(everything, tmp_path):
     tmp_path.parent.chmod(0o755), tmp_path.chmod(0o755)
     os.seteuid(65534)
     try:
-        for call in (lambda: data.check_folder(tmp_path / "data"), lambda: train.rows_to_run(tmp_path / "data"), lambda: train.list_recipes(tmp_path / "data", "cpu")):
+        for call in (lambda: data.check_folder(tmp_path / "data"), lambda: train.rows_to_run(tmp_path / "data"), lambda: train.list_recipes(tmp_path / "data", "cpu"),
+                     lambda: data.load_dataset(recipe_of(), tmp_path / "data", "test")):
             with pytest.raises(InputError, match="data: cannot be listed .Permission denied.; name a data folder that you may read"):
                 call()
     finally:
