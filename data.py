@@ -1218,7 +1218,8 @@ def listing(folder):
 # what can be had: name, data, keypoints, skeleton, what it allows to reproduce, where it comes from
 _CPN = "fetch data_2d_h36m_cpn_ft_h36m_dbb.npz, which VideoPose3D's DATASETS.md points to"
 SETS = (
-    ("Human3.6M", "h36m", "gt", "h36m17", "GridConv's P1* rows (Tables 2, 4, 5); GLA-GCN's gt rows (Tables 1, 4, 5)", "Human3.6M"),
+    ("Human3.6M", "h36m", "gt", "h36m17", "GridConv's P1* rows (Tables 2, 4, 5); GLA-GCN's gt rows (Tables 1, 4, 5)",
+     "Human3.6M"),
     ("Human3.6M, 32 joints", "h36m", "gt", "h36m32", "GridConv's 32-joint rows (Table 6)", "Human3.6M"),
     ("Human3.6M", "h36m", "hrnet", "h36m17", "GridConv's P1 / P2 rows (Tables 1, 2, 5, A)", "GridConv"),
     ("Human3.6M", "h36m", "cpn_ft_h36m_dbb", "h36m17", "GLA-GCN's CPN rows (Tables 1, 4)", _CPN),
@@ -1243,7 +1244,8 @@ def check_folder(folder):
             sets.append((title, kind, match[2], skeleton, f"no published row; any recipe with --keypoints {match[2]}", title))
     lines, unusable = [], 0
     for title, kind, keypoints, skeleton, allows, source in sets:
-        recipe = types.SimpleNamespace(data=kind, keypoints=keypoints, skeleton=skeleton, skip="gridconv" * (keypoints == "hrnet"))
+        recipe = types.SimpleNamespace(data=kind, keypoints=keypoints, skeleton=skeleton,
+                                       skip="gridconv" * (keypoints == "hrnet"))
         paths = files_of(recipe, folder)
         missing = [str(path.relative_to(folder)) for path in paths if not path.exists()]
         if kind == "gridconv" and len(missing) == len(paths):  # its rows stand under Human3.6M
@@ -1254,7 +1256,8 @@ def check_folder(folder):
         for split in SPLITS if not missing or kind == "3dhp" and len(missing) == 1 else ():
             try:
                 part = load_dataset(recipe, folder, split)
-                lines.append(f"    {split}: {len(part)} sequences, {sum(len(s.pose_3d) for s in part):,} frames; {provenance(part)}")
+                lines.append(f"    {split}: {len(part)} sequences, {sum(len(s.pose_3d) for s in part):,} frames; "
+                             f"{provenance(part)}")
             except Missing:
                 pass
             except InputError as error:

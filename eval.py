@@ -404,7 +404,8 @@ def quoted(scores, kind):
     """The figures that papers quote for a recipe's `data`, {"mpjpe", "p_mpjpe", "pck", "auc"}: `headline`, and on 3DHP
     PCK and AUC over the benchmark's 14 joints (MPJPE stays over 17)."""
     everything = scores.get("all", {})
-    return {**dict(zip(("mpjpe", "p_mpjpe"), headline(scores, kind))), "pck": everything.get("pck_14"), "auc": everything.get("auc_14")}
+    mpjpe_, p_mpjpe_ = headline(scores, kind)
+    return {"mpjpe": mpjpe_, "p_mpjpe": p_mpjpe_, "pck": everything.get("pck_14"), "auc": everything.get("auc_14")}
 
 
 def average(rows):

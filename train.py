@@ -3,9 +3,10 @@
     python train.py gridconv-synthetic                      # the embedded default, no data needed
     python train.py gridconv-mocap --data data              # after: python data.py bvh FOLDER --out data --name mocap ...
     python train.py glagcn-gt-243 --data data --seed 1      # a published row; any recipe field can be given as an option
-    python train.py --list                                  # every recipe, its table row and what data it needs
+    python train.py --list                                  # every recipe: row, data and whether it is here, cost
     python train.py ablate gridconv-5 --data data           # the rows of one table side by side, several seeds
     python train.py report results                          # the table of every run in a folder
+    python train.py reproduce --data data --quick           # what bash reproduce.sh runs: --only --all --seeds N --quick
     python train.py bench                                   # the fast forms against the plain ones, on this machine
 
 A run's folder holds last.pt (the whole state: continue by giving the same command again), best.pt (the weights of the
@@ -569,7 +570,8 @@ def finish(run, stores):
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                             cwd=Path(__file__).parent).stdout.strip()
     result = {"recipe": dataclasses.asdict(recipe), "data": run.trained_on, "train_frames": len(stores["train"]),
-              "test_data": data.provenance(stores["test"].sequences), "test_frames": int(stores["test"].valid.sum()), "parameters": parameters(recipe), "epochs": run.step / run.epoch_steps,
+              "test_data": data.provenance(stores["test"].sequences), "test_frames": int(stores["test"].valid.sum()),
+              "parameters": parameters(recipe), "epochs": run.step / run.epoch_steps,
               "last": run.last, "best": run.best, "yardsticks": evaluation.yardsticks(stores["train"], stores["test"]),
               "seconds": run.seconds, "seed": recipe.seed, "commit": commit, "torch": torch.__version__,
               "python": platform.python_version(),
@@ -817,8 +819,8 @@ def speed(recipe, device, timed):
     """Operations a second that training steps of this method and width reach on the device, by one short timing (of 27
     frames at most and up to 96 channels, without reconstruction). `timed` keeps it from one call to the next."""
     most = 512 if device.type == "cuda" else 32 if recipe.method == "glagcn" else 200  # so that it stays short
-    small = dataclasses.replace(recipe, filter_widths=recipe.filter_widths[:3], channels=min(recipe.channels, 96), reconstruct=False,
-                                refine=False, micro_batch=0, batch=min(recipe.batch, most))
+    small = dataclasses.replace(recipe, filter_widths=recipe.filter_widths[:3], channels=min(recipe.channels, 96), micro_batch=0,
+                                batch=min(recipe.batch, most), reconstruct=False, refine=False)
     key = (small.method, small.hidden, small.channels)
     if key not in timed:
         pose = np.random.default_rng(0).random((256, len(data.SKELETONS[small.skeleton].joints), 3), np.float32)
@@ -850,11 +852,11 @@ def list_recipes(folder="data", device=None):
         rows.append([r.name, r.row, " / ".join(f"{v:g}" for v in paper_figures(r).values()) or None, f"{r.data} {r.keypoints}",
                      f"no: {', '.join(missing)}" if missing else "yes", f"{parameters(r) / 1e6:.2f} M",
                      total and f"{total / 1e12:,.4g}", hours and f"{hours:,.3g}", r.ours or None])
-    print(evaluation.markdown(["recipe", "row", "paper", "data", f"present in {folder}", "parameters", "TFLOP an epoch", "hours here",
-                               "ours"], rows))
-    print(f"\nPapers' figures: MPJPE / P-MPJPE in mm, on 3DHP MPJPE in mm / PCK / AUC in %; within {TOLERANCE} (mm, points) counts as "
-          f"reproduced.\nHours of training on {device_name(device)}, from one short timing of each method and width; evaluation is "
-          "not counted. Rows without\nhours: their data is not here, or they evaluate what another row trained.")
+    header = ["recipe", "row", "paper", "data", f"present in {folder}", "parameters", "TFLOP an epoch", "hours here", "ours"]
+    print(evaluation.markdown(header, rows))
+    print(f"\nPapers' figures: MPJPE / P-MPJPE in mm, on 3DHP MPJPE in mm / PCK / AUC in %; within {TOLERANCE} mm or\n"
+          f"points counts as reproduced. Hours of training on {device_name(device)}, from one short timing of each method and\n"
+          "width; evaluation is not counted. Rows without hours: their data is not\nhere, or they evaluate what another row trained.")
 
 
 def device_name(device):
@@ -1029,59 +1031,62 @@ def published_rows(results):
                 figures = lambda scores: mean_and_spread([evaluation.quoted(s, kind)[name] for s in scores])
                 (final, final_spread), (top, spread) = figures(last), figures(best) if best else (None, None)
                 difference = (final if top is None else top) - recipe["paper_" + name]
-                rows.append({"recipe": recipe["name"], "row": recipe["row"], "figure": title + ending, "paper": recipe["paper_" + name],
-                             "best epoch": top, "difference": difference, "within tolerance": abs(difference) <= TOLERANCE,
-                             "last epoch": final, "seeds": [r["seed"] for r in group],
-                             "spread": final_spread if top is None else spread, "settings changed": changed, "ours": recipe["ours"]})
+                rows.append({"recipe": recipe["name"], "row": recipe["row"], "figure": title + ending,
+                             "paper": recipe["paper_" + name], "best epoch": top, "difference": difference,
+                             "within tolerance": abs(difference) <= TOLERANCE, "last epoch": final,
+                             "seeds": [r["seed"] for r in group], "spread": final_spread if top is None else spread,
+                             "settings changed": changed, "ours": recipe["ours"]})
     return rows
 
 
 def report_table(results):
     """Finished runs as markdown: the papers' figures beside the measured ones where the data is the papers', then every
     run's data, errors, yardsticks and time; means over seeds."""
-    rows, parts = published_rows(results), []
+    rows, parts, lines = published_rows(results), [], []
+    seeds = lambda numbers: ", ".join(map(str, numbers))
     if rows:
-        lines = [[r["recipe"], r["row"], r["figure"], f"{r['paper']:g}", r["best epoch"], f"{r['difference']:+.2f}",
-                  "settings changed" if r["settings changed"] else "yes" if r["within tolerance"] else "no", r["last epoch"],
-                  ", ".join(map(str, r["seeds"])), r["spread"], r["ours"] or None] for r in rows]
-        parts += [evaluation.markdown(["recipe", "row", "figure", "paper", "best epoch", "difference", f"within {TOLERANCE}", "last epoch",
-                                       "seeds", "spread", "ours"], lines),
-                  f"The papers quote the epoch that was best on the test set, so that one is compared: within {TOLERANCE} mm (PCK, AUC: "
-                  f"{TOLERANCE} points)\ncounts as reproduced. Means over the seeds; spread is largest minus smallest."]
-    lines = []
+        header = ["recipe", "row", "figure", "paper", "best epoch", "difference", f"within {TOLERANCE}", "last epoch", "seeds",
+                  "spread", "ours"]
+        verdict = lambda r: "settings changed" if r["settings changed"] else "yes" if r["within tolerance"] else "no"
+        parts += [evaluation.markdown(header, [
+            [r["recipe"], r["row"], r["figure"], f"{r['paper']:g}", r["best epoch"], f"{r['difference']:+.2f}", verdict(r),
+             r["last epoch"], seeds(r["seeds"]), r["spread"], r["ours"] or None] for r in rows]),
+            f"""The papers quote the epoch that was best on the test set, so that one is compared: within {TOLERANCE} mm
+(PCK, AUC: {TOLERANCE} points) counts as reproduced. Means over the seeds; spread is largest minus smallest."""]
     for group in by_recipe(results):
-        first, kind = group[0], group[0]["recipe"]["data"]
-        (score, spread), (aligned, _) = (mean_and_spread(column) for column in zip(*(evaluation.headline(r["last"], kind) for r in group)))
+        first, kind, mean = group[0], group[0]["recipe"]["data"], statistics.fmean
+        scores, aligned = zip(*(evaluation.headline(r["last"], kind) for r in group))
         name = first["recipe"]["name"] + " (settings changed)" * bool(settings_changed(first["recipe"]))
-        lines.append([name, measured_on(first), ", ".join(str(r["seed"]) for r in group), f"{first['test_frames']:,}", score, spread, aligned,
-                      statistics.fmean(evaluation.headline(r["best"], kind)[0] for r in group), first["yardsticks"]["mean_pose"],
-                      first["yardsticks"]["affine"], statistics.fmean(r["seconds"] for r in group) / 60])
-    parts += [evaluation.markdown(["run", "data", "seeds", "test frames", "MPJPE", "spread", "P-MPJPE", "best epoch's MPJPE", "mean pose",
-                                   "affine", "minutes"], lines),
-              "Errors in mm on the test split, of the last epoch and of the epoch that was best on the test set: unweighted over the "
-              "actions on Human3.6M,\nover actions and subjects on HumanEva-I, over all frames elsewhere; means over the seeds. Yardsticks, "
-              "over all frames: predicting the\ntraining mean pose, and the best affine map of the 2D pose. Minutes of training, evaluation "
-              "not counted."]
+        lines.append([name, measured_on(first), seeds(r["seed"] for r in group), f"{first['test_frames']:,}",
+                      *mean_and_spread(scores), mean(aligned), mean(evaluation.headline(r["best"], kind)[0] for r in group),
+                      first["yardsticks"]["mean_pose"], first["yardsticks"]["affine"], mean(r["seconds"] for r in group) / 60])
+    parts += [evaluation.markdown(["run", "data", "seeds", "test frames", "MPJPE", "spread", "P-MPJPE", "best epoch's MPJPE",
+                                   "mean pose", "affine", "minutes"], lines),
+              """Errors in mm on the test split, of the last epoch and of the epoch that was best on the test set: unweighted
+over the actions on Human3.6M, over actions and subjects on HumanEva-I, over all frames elsewhere; means over the seeds.
+Yardsticks, over all frames: predicting the training mean pose, and the best affine map of the 2D pose. Minutes of training, evaluation
+not counted."""]
     if any(evaluation.GENUINE.get(r["recipe"]["data"]) != measured_on(r) for r in results):
-        parts.append("The data column says what a run was measured on: where it is not Human3.6M, HumanEva-I or MPI-INF-3DHP itself, no "
-                     "figure compares with\nthe papers'. For the papers' numbers put Human3.6M into data/ (README, section Data) and run "
-                     "bash reproduce.sh again.")
+        parts.append("""The data column says what a run was measured on: where it is not Human3.6M, HumanEva-I or MPI-INF-3DHP
+itself, no figure compares with the papers'. For the papers' numbers put Human3.6M into data/ (README, section Data) and run
+bash reproduce.sh again.""")
     return "\n\n".join(parts)
 
 
 def run_section(r):
     """A run's part of the report: what it ran on, and its tables of the best and of the last epoch."""
     recipe, changed, source = argparse.Namespace(**r["recipe"]), settings_changed(r["recipe"]), measured_on(r)
-    facts = [f"seed {r['seed']}", f"commit {r['commit'] or 'unknown'}", r["device"], f"torch {r['torch']}", f"Python {r['python']}",
-             f"{r['parameters']:,} parameters", f"{r['epochs']:g} epochs", f"{r['seconds'] / 60:.1f} minutes"]
-    parts = [f"## {recipe.name}, seed {r['seed']}: {recipe.row}", ", ".join(facts) + (f"; ours: {recipe.ours}" if recipe.ours else "")
-             + (f"; settings changed: {changed}" if changed else "")]
+    facts = (f"seed {r['seed']}, commit {r['commit'] or 'unknown'}, {r['device']}, torch {r['torch']}, Python {r['python']}, "
+             f"{r['parameters']:,} parameters, {r['epochs']:g} epochs, {r['seconds'] / 60:.1f} minutes")
+    facts += f"; ours: {recipe.ours}" * bool(recipe.ours) + f"; settings changed: {changed}" * bool(changed)
+    parts = [f"## {recipe.name}, seed {r['seed']}: {recipe.row}", facts]
     if "autogrids" in r:
         dropped = ", ".join(map(str, r["autogrids"]["dropped"])) or "none"
         parts.append(f"Learnt grid: {r['autogrids']['cells_changed']} cells differ from the prior; joints dropped: {dropped}.")
     same = r["best"]["mpjpe"] == r["last"]["mpjpe"]
     best = f"Best epoch, {r['best']['epoch']:g}, chosen on the test set as the papers do" + ", which is the last" * same
-    for title, scores in ((best, r["best"]), ("Last epoch", None if same else r["last"]), (f"Last epoch, {REFINED}", r.get(REFINED))):
+    refined_title = f"Last epoch, {REFINED}"
+    for title, scores in ((best, r["best"]), ("Last epoch", None if same else r["last"]), (refined_title, r.get(REFINED))):
         if scores:
             parts += [f"### {title}", evaluation.report(scores, source, recipe)]
     return "\n\n".join(parts)
@@ -1126,8 +1131,8 @@ def rows_to_run(folder, only="", everything=False):
             if name not in RECIPES:
                 raise InputError(f"--only: unknown {name!r}; python train.py --list shows the rows")
             if missing := missing_files(RECIPES[name], folder):
-                raise InputError(f"{name} needs {', '.join(missing)}, not found in {folder}; python data.py check {folder} says where "
-                                 "to get it")
+                raise InputError(f"{name} needs {', '.join(missing)}, not found in {folder}; python data.py check {folder} says "
+                                 "where to get it")
     else:
         names = [*HEADLINE, *(n for n, r in RECIPES.items() if everything and paper_figures(r) and n not in ONLY_BY_NAME)]
         names = [n for n in names if not missing_files(RECIPES[n], folder)]
@@ -1195,11 +1200,13 @@ def reproduce(folder, out, device, only, everything, seeds, quick, options):
             state = "done" if done else "to be continued" if (place / "last.pt").exists() else "to run"
             lines.append([place.name, recipe.row, f"{recipe.epochs:g}", state, hours[name] and f"{hours[name]:.2f}"])
             plan += [] if done else [(recipe, place)]
-    what = f"no published row's data in {folder}, so both methods on procedural motion" if names[0] in EMBEDDED else f"data in {folder}"
+    what = f"data in {folder}"
+    if names[0] in EMBEDDED:
+        what = f"no published row's data in {folder}, so both methods on procedural motion"
     print(f"To run: {what}, on {device_name(device)}" + ", a tenth of the epochs" * quick + ".\n")
     print(evaluation.markdown(["run", "row", "epochs", "state", "hours"], lines))
-    print(f"\nAbout {total * 60:.0f} minutes ({total:.1f} hours) of training, from one short timing of each method here; evaluation comes on "
-          "top.\nInterrupted, the same command continues.\n", flush=True)
+    print(f"\nAbout {total * 60:.0f} minutes ({total:.1f} hours) of training, from one short timing of each method here;\n"
+          "evaluation comes on top. Interrupted, the same command continues.\n", flush=True)
     for recipe, place in plan:
         run_recipe(recipe, folder, place, device)
         write_report(out)
@@ -1230,13 +1237,13 @@ def main(argv=None):
     elif args.recipe == "bench":
         bench(args.device)
     elif args.recipe == "ablate":
-        print(ablate(args.what, args.data, args.out or f"results/ablate-{args.what}", args.minutes, 3 if args.seeds is None else args.seeds,
-                     lambda recipe: with_options(recipe, args), args.device))
+        print(ablate(args.what, args.data, args.out or f"results/ablate-{args.what}", args.minutes,
+                     3 if args.seeds is None else args.seeds, lambda recipe: with_options(recipe, args), args.device))
     elif args.recipe in RECIPES:
         print(report_table([run_recipe(with_options(RECIPES[args.recipe], args), args.data, args.out, args.device)]))
     elif args.recipe == "reproduce":
-        print(reproduce(args.data, args.out or "results", args.device, args.only, args.all, 1 if args.seeds is None else args.seeds,
-                        args.quick, lambda recipe: with_options(recipe, args)))
+        print(reproduce(args.data, args.out or "results", args.device, args.only, args.all,
+                        1 if args.seeds is None else args.seeds, args.quick, lambda recipe: with_options(recipe, args)))
     else:
         raise InputError(f"recipe: {'none given' if args.recipe is None else f'unknown {args.recipe!r}'}; "
                          "python train.py --list shows them")
