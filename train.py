@@ -856,7 +856,8 @@ def list_recipes(folder="data", device=None):
     print(evaluation.markdown(header, rows))
     print(f"\nPapers' figures: MPJPE / P-MPJPE in mm, on 3DHP MPJPE in mm / PCK / AUC in %; within {TOLERANCE} mm or\n"
           f"points counts as reproduced. Hours of training on {device_name(device)}, from one short timing of each method and\n"
-          "width; evaluation is not counted. Rows without hours: their data is not\nhere, or they evaluate what another row trained.")
+          "width; evaluation is not counted. Rows without hours:\ntheir data is not here, or they evaluate what "
+          "another row trained.")
 
 
 def device_name(device):
@@ -1064,8 +1065,8 @@ def report_table(results):
                                    "mean pose", "affine", "minutes"], lines),
               """Errors in mm on the test split, of the last epoch and of the epoch that was best on the test set: unweighted
 over the actions on Human3.6M, over actions and subjects on HumanEva-I, over all frames elsewhere; means over the seeds.
-Yardsticks, over all frames: predicting the training mean pose, and the best affine map of the 2D pose. Minutes of training, evaluation
-not counted."""]
+Yardsticks, over all frames: predicting the training mean pose, and the best affine map of the 2D pose.
+Minutes of training, evaluation not counted."""]
     if any(evaluation.GENUINE.get(r["recipe"]["data"]) != measured_on(r) for r in results):
         parts.append("""The data column says what a run was measured on: where it is not Human3.6M, HumanEva-I or MPI-INF-3DHP
 itself, no figure compares with the papers'. For the papers' numbers put Human3.6M into data/ (README, section Data) and run
