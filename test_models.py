@@ -2495,13 +2495,13 @@ def test_data_run_exit_statuses(capsys):
 def test_data_check_folder(miniature, bvh_folder, tmp_path):
     assert data_command("check", tmp_path / "none").returncode == 2
     empty = data_command("check", tmp_path)
-    assert empty.returncode == 0 and empty.stdout.count("not here") == 5 and "vision.imar.ro" in empty.stdout
+    assert empty.returncode == 0 and empty.stdout.count("not here") == 8 and "vision.imar.ro" in empty.stdout
     write_objects(tmp_path / "data_3d_h36m.npz", positions_3d=miniature)
     write_objects(tmp_path / "data_2d_h36m_cpn.npz", positions_2d=views_of(miniature))
     data.convert_bvh(bvh_folder, tmp_path, "mocap", "old")
     lines, unusable = data.check_folder(tmp_path)
     text = "\n".join(lines)
-    assert unusable == 0 and "Human3.6M, 2D cpn" in text and "Human3.6M, 2D gt" in text and "HumanEva-I: not here" in text
+    assert unusable == 0 and "Human3.6M, 2D cpn" in text and "Human3.6M, 2D gt" in text and "HumanEva-I, 2D gt: not here" in text
     assert "train: 40 sequences, 320 frames; files in Human3.6M layout (not Human3.6M: 320 frames)" in text and "8 BVH clips" in text
     (tmp_path / "data_2d_h36m_cpn.npz").write_bytes(b"PK")
     damaged = data_command("check", tmp_path)
@@ -3688,7 +3688,7 @@ def test_report_of_several_runs(run_folder):
     text = train.write_report(run_folder)
     result = json.loads((run_folder / "a" / "result.json").read_text())
     assert f"{result['last']['pooled']['mpjpe']:.2f}" in text and f"{result['yardsticks']['affine']:.2f}" in text
-    assert "not Human3.6M" in text and (run_folder / "report.md").read_text().count("## ") == 2
+    assert "not Human3.6M" in text and (run_folder / "report.md").read_text().count("\n## ") == 2
     assert len(json.loads((run_folder / "report.json").read_text())) == 2
     (run_folder / "b" / "result.json").write_text("{")
     with pytest.raises(data.InputError, match="b/result.json"):
@@ -3855,6 +3855,524 @@ def test_torchrun_has_one_writer_and_saves_everyones_random_state(run_folder):
     assert json.loads((run_folder / "run" / "result.json").read_text())["device"].startswith("2 x ")
     assert "2 processes, here 1" in launch(1).stderr
     assert "sync_norm: needs several processes on GPUs" in launch(2, "--sync-norm", "true", "--out", str(run_folder / "b")).stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every dataset, protocol and published row, on miniatures in each layout
+
+
+def raw_3dhp(rng, frames, joints=17):
+    """A view in P-STMO's layout: random people three metres away."""
+    return {"data_3d": rng.normal(0, 300, (frames, joints, 3)) + [0, 0, 3000], "data_2d": rng.uniform(0, 1900, (frames, joints, 2))}
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory, bvh_folder):
+    """(folder, raw values): every dataset in miniature. Human3.6M: 7 subjects, 15 actions, 2 takes, 4 cameras, 32 joints."""
+    folder, rng, takes = tmp_path_factory.mktemp("everything"), np.random.default_rng(0), {}
+    takes = [f"{action}{ending}" for action in evaluation.ACTIONS for ending in ("", " 1")]
+    space = {subject: {} for subject in data.H36M_EXTRINSICS}
+    for s in data.synthesize(3, takes=3, frames=5):
+        if s.camera == data.H36M_CAMERAS[0]:
+            world = data.camera_to_world(s.pose_3d + s.root[:, None].astype(float), data.H36M_EXTRINSICS[s.subject][0])
+            wide = rng.normal(0, 0.3, (5, 32, 3))  # the joints that the 17 leave out
+            wide[:, data.H36M_17_OF_32] = world
+            space[s.subject][takes[len(space[s.subject])]] = wide.astype(np.float32)
+    gt = views_of(space, confidence=False)
+    noisy = {s: {a: [np.pad(v + rng.normal(0, 3, v.shape), [(0, 2), (0, 0), (0, 1)]).astype(np.float32) for v in views]
+                 for a, views in actions.items()} for s, actions in gt.items()}
+    write_objects(folder / "data_3d_h36m.npz", positions_3d=space)
+    for kind, views in (("gt", gt), ("hrnet", noisy), ("cpn_ft_h36m_dbb", noisy)):
+        write_objects(folder / f"data_2d_h36m_{kind}.npz", True, 2, positions_2d=views, metadata=META)
+    eva, eva_2d, eva_coco = {}, {}, {}
+    for subject in [f"{part}/S{i}" for part in ("Train", "Validate") for i in (1, 2, 3)]:
+        for action, frames in (("Walking 1 chunk0", 3), ("Walking 1 chunk1", 5), ("Jog 1 chunk2", 4), ("Box 1 chunk0", 2)):
+            eva.setdefault(subject, {})[action] = rng.normal(0, 0.4, (frames, 15, 3)).astype(np.float32)
+            eva_2d.setdefault(subject, {})[action] = [rng.uniform(0, 480, (frames, 15, 2)) for _ in range(3)]
+            eva_coco.setdefault(subject, {})[action] = [rng.uniform(0, 480, (frames, 17, 3)) for _ in range(3)]
+    write_objects(folder / "data_3d_humaneva15.npz", positions_3d=eva)
+    write_objects(folder / "data_2d_humaneva15_gt.npz", positions_2d=eva_2d)
+    write_objects(folder / "data_2d_humaneva15_detectron_pt_coco.npz", positions_2d=eva_coco)
+    train_3dhp = {f"S{i} Seq{j}": [{c: raw_3dhp(rng, 2) for c in "01245678"}, 25] for i in range(1, 9) for j in (1, 2)}
+    test_3dhp = {f"TS{i}": {**raw_3dhp(rng, 6), "valid": rng.integers(0, 2, 6) | (np.arange(6) == i - 1)} for i in range(1, 7)}
+    write_objects(folder / "data_train_3dhp.npz", data=train_3dhp)
+    write_objects(folder / "data_test_3dhp.npz", data=test_3dhp)
+    data.convert_bvh(bvh_folder, folder, "mocap", "old")
+    return folder, SimpleNamespace(space=space, gt=gt, noisy=noisy, eva=eva, eva_2d=eva_2d, train_3dhp=train_3dhp, test_3dhp=test_3dhp)
+
+
+def plain_camera(world, subject, camera):
+    """World points in a camera's frame by its rotation's entries, without data.py's functions."""
+    w, x, y, z, *t = data.H36M_EXTRINSICS[subject][camera]
+    n = math.sqrt(w * w + x * x + y * y + z * z)
+    w, x, y, z = w / n, x / n, y / n, z / n
+    R = np.array([[w*w + x*x - y*y - z*z, 2*(x*y - w*z), 2*(x*z + w*y)], [2*(x*y + w*z), w*w - x*x + y*y - z*z, 2*(y*z - w*x)],
+                  [2*(x*z - w*y), 2*(y*z + w*x), w*w - x*x - y*y + z*z]])
+    return np.einsum("ba,...b->...a", R, world.astype(float) - np.array(t))
+
+
+PRINTED = {  # the papers' figures as their tables print them, once more
+    "gridconv-gt": (37.1,), "gridconv-gt-learnable": (36.4,), "gridconv-hrnet": (47.9, 37.9), "gridconv-hrnet-learnable": (47.6, 37.4),
+    "gridconv-gt-uvd": (29.5,), "gridconv-hrnet-uvd": (46.3, 37.6), "gridconv-gt-vanilla": (39.0,), "gridconv-gt-32": (35.0,),
+    "gridconv-gt-32-learnable": (33.4,), "gridconv-3dhp-cross": (72.1, 89.2, 57.6), "glagcn-gt-243": (28.5, 22.0),
+    "glagcn-cpn-243": (44.4, 34.8), "glagcn-gt-27": (34.4,), "glagcn-gt-81": (31.5,), "glagcn-gt-243-reconstruct": (24.5,),
+    "glagcn-gt-243-reconstruct-512": (21.0, 17.6), "glagcn-humaneva-mrcnn": (15.4,), "glagcn-humaneva-gt": (9.2,),
+    "glagcn-3dhp-27": (31.36, 98.19, 76.53), "glagcn-3dhp-81": (27.76, 98.53, 79.12)}
+
+
+def test_rows_quote_the_papers():
+    for name, figures in PRINTED.items():
+        assert tuple(train.paper_figures(train.RECIPES[name]).values()) == figures, name
+    for name in ("glagcn-3dhp-27", "glagcn-3dhp-81"):
+        recipe = train.RECIPES[name]
+        assert (recipe.channels, recipe.optimizer, recipe.lr, recipe.schedule, recipe.epochs, recipe.batch) == (256, "amsgrad", 1e-3, "3dhp", 50, 256)
+        assert recipe.reconstruct and recipe.reconstruct_blocks == 3 and recipe.unshared_weight == 0.5 and not recipe.refine and recipe.ours
+        assert recipe.skeleton == "3dhp17" and recipe.flips and recipe.flip_test and not recipe.norm_schedule and recipe.loss == "mpjpe"
+        assert math.prod(recipe.filter_widths) == int(name[-2:])
+    cross, trained = train.RECIPES["gridconv-3dhp-cross"], train.RECIPES["gridconv-gt-learnable"]
+    assert cross.weights == trained.name and cross.skeleton == "h36m17" and cross.normalise == "longest" and cross.ours
+    averages = {kind: np.mean([v for row in rows.values() for v in row]) for kind, rows in evaluation.PAPER_HUMANEVA.items()}
+    assert averages["detectron_pt_coco"] == pytest.approx(15.4, abs=0.05) and averages["gt"] == pytest.approx(9.2, abs=0.05)
+
+
+def test_arithmetic_is_that_of_the_products():
+    products = 3 * 4 * 281 * 2 * 256 ** 2  # forward and backward, four layers of 281 products with 256 x 256 kernels each
+    assert products < train.arithmetic(train.RECIPES["gridconv-gt-vanilla"]) < 1.1 * products
+    gla = tiny_recipe(**{**TINY_GLA, "channels": 96, "filter_widths": (3, 3, 3)})
+    assert train.arithmetic(dataclasses.replace(gla, filter_widths=(3,) * 4)) == pytest.approx(3 * train.arithmetic(gla), rel=0.05)
+    assert train.arithmetic(dataclasses.replace(gla, channels=192)) == pytest.approx(4 * train.arithmetic(gla), rel=0.1)
+
+
+@pytest.mark.parametrize("name", [n for n, r in train.RECIPES.items() if r.data in ("h36m", "humaneva", "3dhp", "mocap", "synthetic") and not r.weights])
+def test_every_recipe_takes_two_steps(name, everything, run_folder):
+    published = train.RECIPES[name]
+    recipe = dataclasses.replace(published, hidden=4, blocks=1, channels=4, reconstruct_blocks=1, batch=2, micro_batch=0)
+    store = store_of(recipe, everything[0])
+    run = train.Run(recipe, store, run_folder, torch.device("cpu"))
+    before = [p.clone() for p in run.model.parameters()]
+    for stage, epoch in enumerate((0, int(published.epochs) - 1)):  # the first and the last epoch: both stages of those that have two
+        run.begin_epoch(epoch)
+        assert run.stage_one == (recipe.reconstruct and stage == 0)
+        run.train_step(torch.tensor([0, len(store) - 1]))
+    assert torch.isfinite(run.losses[:2]).all() and run.losses[0] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
+    if "reconstruct-512" in name:
+        assert train.parameters(published) == 48_641_526
+
+
+STORES = {}
+
+
+def store_of(recipe, folder, split="train"):
+    """The store of a recipe's data, made once for each."""
+    key = folder, split, recipe.data, recipe.keypoints, recipe.skeleton, recipe.skip, recipe.normalise, recipe.target
+    if key not in STORES:
+        STORES[key] = evaluation.make_store(recipe, folder, split, torch.device("cpu"))
+    return STORES[key]
+
+
+@pytest.mark.parametrize("name, train_sequences, test_sequences", [
+    ("gridconv-gt", 600, 236), ("gridconv-hrnet-learnable", 600, 224), ("gridconv-gt-32", 600, 236), ("glagcn-gt-243", 600, 236),
+    ("glagcn-cpn-243", 600, 236)])
+def test_preprocessing_of_human36m_is_the_releases(name, train_sequences, test_sequences, everything):
+    folder, raw = everything
+    recipe = train.RECIPES[name]
+    parts = {split: store_of(recipe, folder, split) for split in ("train", "test")}
+    assert [len(parts[split].sequences) for split in parts] == [train_sequences, test_sequences]
+    keys = {(s.subject, s.action, s.camera) for s in parts["test"].sequences}
+    whole = {(subject, action, camera) for subject in ("S9", "S11") for action in raw.space[subject] for camera in data.H36M_CAMERAS}
+    skipped = {("S11", "Directions")} | ({("S9", "Waiting 1"), ("S9", "SittingDown 1"), ("S9", "Greeting")} if "hrnet" in name else set())
+    assert whole - keys == {(*key, camera) for key in skipped for camera in ("54138969", "55011271", "58860488", "60457274")}
+    assert {s.subject for s in parts["train"].sequences} == {"S1", "S5", "S6", "S7", "S8"}
+    joints = slice(None) if recipe.skeleton == "h36m32" else list(data.H36M_17_OF_32)
+    for store in parts.values():
+        assert len(store) == 5 * len(store.sequences)  # every frame, and of detected 2D no more than the 3D has
+        for i, s in enumerate(store.sequences[::7]):
+            frames, c = slice(35 * i, 35 * i + 5), data.H36M_CAMERAS.index(s.camera)
+            points = plain_camera(raw.space[s.subject][s.action][:, joints], s.subject, c)
+            np.testing.assert_allclose(store.target[frames], points - points[:, :1], atol=1e-5)  # the pelvis is the root, metres
+            np.testing.assert_allclose(store.root[frames], points[:, 0], atol=1e-5)
+            if recipe.skeleton == "h36m32":
+                continue
+            pixels = (raw.gt if recipe.keypoints == "gt" else raw.noisy)[s.subject][s.action][c][:5, :, :2].astype(float)
+            width, height = (1000, 1002) if c in (0, 3) else (1000, 1000)
+            want = (pixels - 500) / 500 if recipe.method == "gridconv" else pixels / width * 2 - [1, height / width]
+            np.testing.assert_allclose(store.input[frames], want, atol=1e-5)
+
+
+def test_preprocessing_of_humaneva_and_3dhp(everything):
+    folder, raw = everything
+    store = store_of(train.RECIPES["glagcn-humaneva-gt"], folder, "test")
+    assert len(store.sequences) == 3 * 3 * 3 and {data.action_class(s.action) for s in store.sequences} == {"Walking", "Jog"}
+    assert {s.subject for s in store_of(train.RECIPES["glagcn-humaneva-gt"], folder).sequences} == {"Train/S1", "Train/S2", "Train/S3"}
+    pixels = np.concatenate([raw.eva_2d[s.subject][s.action][data.HUMANEVA_CAMERAS.index(s.camera)] for s in store.sequences])
+    np.testing.assert_allclose(store.input, pixels / 640 * 2 - [1, 480 / 640], atol=1e-6)
+    store = store_of(train.RECIPES["glagcn-3dhp-27"], folder, "test")
+    want = np.concatenate([view["data_3d"] - view["data_3d"][:, 14:15] for view in raw.test_3dhp.values()]) / 1000
+    np.testing.assert_allclose(store.target, want, atol=1e-6)
+    sizes = [(2048, 2048)] * 4 + [(1920, 1080)] * 2
+    want = np.concatenate([v["data_2d"] / w * 2 - [1, h / w] for v, (w, h) in zip(raw.test_3dhp.values(), sizes)])
+    np.testing.assert_allclose(store.input, want, atol=1e-5)
+    crossed = store_of(train.RECIPES["gridconv-3dhp-cross"], folder, "test")  # H36M joint i is 3DHP's joint order[i]
+    order = [14, 8, 9, 10, 11, 12, 13, 15, 1, 16, 0, 5, 6, 7, 2, 3, 4]
+    np.testing.assert_array_equal(crossed.target, store.target[:, order])
+    want = np.concatenate([(v["data_2d"] - [w / 2, h / 2]) / (max(w, h) / 2) for v, (w, h) in zip(raw.test_3dhp.values(), sizes)])
+    np.testing.assert_allclose(crossed.input, want[:, order], atol=1e-5)
+    assert len(store_of(train.RECIPES["glagcn-3dhp-27"], folder).sequences) == 16 * 8
+
+
+def test_gridconvs_archives_serve_human36m_rows(everything, tmp_path):
+    space = {s: {a: w for a, w in list(actions.items())[:8]} for s, actions in everything[1].space.items()}
+    image, _ = {}, None
+    for keypoints in ("gt", "hrnet"):
+        for split, subjects in data.SPLITS.items():
+            eight = {s: {a: np.concatenate((w, w[:3])) for a, w in space[s].items()} for s in subjects}
+            image[split], _ = gridconv_archives(tmp_path / "h36m" / keypoints, eight, subjects, split, legacy=keypoints == "gt")
+    gt, hrnet = train.RECIPES["gridconv-gt"], train.RECIPES["gridconv-hrnet"]
+    assert not train.missing_files(gt, tmp_path) and not train.missing_files(hrnet, tmp_path)
+    assert train.missing_files(train.RECIPES["gridconv-gt-32"], tmp_path) == ["data_3d_h36m.npz"]
+    assert train.missing_files(gt, tmp_path / "h36m" / "hrnet")  # archives without their keypoints' name may be of any kind
+    store = store_of(gt, tmp_path, "test")
+    pixels = np.concatenate([p for key, p in image["test"].items() if key[::2] != ("S11", f"Directions.{key[2][-8:]}")])
+    np.testing.assert_allclose(store.input.flatten(1), (pixels - 500) / 500, atol=1e-5)
+    assert len(store_of(hrnet, tmp_path, "test").sequences) == 2 * 8 * 4 - 4 - 4  # S11 Directions, S9 Greeting of what is there
+    lines, unusable = data.check_folder(tmp_path)
+    assert unusable == 0 and any(line.startswith("Human3.6M, 2D hrnet: allows GridConv's P1 / P2") for line in lines)
+
+
+# ---- the main job, whole
+
+TINY_ROWS = dict(hidden=4, blocks=1, channels=4, epochs=0.02, batch=50, filter_widths=(3, 3))
+
+
+@pytest.fixture
+def tiny_rows(monkeypatch, everything):
+    """Every published row with a tiny network, and the tables of published frame counts those of the miniatures."""
+    rows = {name: dataclasses.replace(recipe, **TINY_ROWS) for name, recipe in train.RECIPES.items()}
+    monkeypatch.setattr(train, "RECIPES", rows)
+
+    def genuine():
+        monkeypatch.setattr(data, "H36M_FRAMES", {"train": (600 * 5,), "test": (236 * 5, 224 * 5)})
+        monkeypatch.setattr(data, "MPI3DHP_VALID", {name: int(v["valid"].sum()) for name, v in everything[1].test_3dhp.items()})
+    return genuine
+
+
+def plain_human36m(model, raw, views, skipped):
+    """{action: (MPJPE, P-MPJPE)} of a single-frame model on normalised (p - 500) / 500, and their averages, in plain NumPy."""
+    errors, parts = {}, [(s, take, c) for s in ("S9", "S11") for take in raw.space[s] for c in range(4) if (s, take) not in skipped]
+    pixels = np.stack([views[s][take][c][:5, :, :2] for s, take, c in parts])
+    with torch.no_grad():
+        poses = model(torch.tensor((pixels - 500) / 500, dtype=torch.float32).flatten(0, 1)).double().numpy().reshape(-1, 5, 17, 3)
+    for (subject, take, c), pose in zip(parts, poses):
+        target = plain_camera(raw.space[subject][take][:, data.H36M_17_OF_32], subject, c)
+        target -= target[:, :1]
+        first = 1000 * np.sqrt(((pose - target) ** 2).sum(-1)).mean(-1)
+        second = [_ev_loop_p_mpjpe(p[None], t[None]) for p, t in zip(pose, target)]
+        errors.setdefault(take.split(" ")[0], []).extend(zip(first, second))
+    actions = {action: np.mean(rows, axis=0) for action, rows in errors.items()}
+    return {**actions, "average": sum(actions.values()) / 15}
+
+
+def table_rows(text):
+    """The cells of every table line of a markdown text, by first cell."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    return {line[0]: line for line in lines}
+
+
+def test_main_job_by_independent_arithmetic(tiny_rows, everything, tmp_path, capsys):
+    folder, raw = everything
+    options = lambda recipe: recipe
+    job = lambda out, only, **more: train.reproduce(folder, out, "cpu", only, **{**dict(everything=False, seeds=1, quick=False, options=options), **more})
+    table = job(tmp_path / "other", "gridconv-hrnet-learnable")  # not Human3.6M: no paper's figure beside it
+    report = (tmp_path / "other" / "report.md").read_text()
+    assert "not Human3.6M: 3,000 frames" in table and "within" not in report and not json.loads((tmp_path / "other" / "report.json").read_text())["rows"]
+    assert not re.search(r"\b(47\.60?|37\.40?|43\.10|63\.90)\b", report + capsys.readouterr().out)
+
+    tiny_rows()
+    out = tmp_path / "results"
+    job(out, "gridconv-hrnet-learnable,gridconv-gt", seeds=2)
+    said = capsys.readouterr().out
+    assert "gridconv-gt-seed-1" in said and "to run" in said and "minutes" in said
+    kept, report = json.loads((out / "report.json").read_text()), (out / "report.md").read_text()
+    assert [r["recipe"]["name"] for r in kept["runs"]] == ["gridconv-gt"] * 2 + ["gridconv-hrnet-learnable"] * 2  # the headline row first
+    assert {(r["recipe"], r["figure"][:5]): r["paper"] for r in kept["rows"]} == {
+        ("gridconv-gt", "MPJPE"): 37.1, ("gridconv-hrnet-learnable", "MPJPE"): 47.6, ("gridconv-hrnet-learnable", "P-MPJ"): 37.4}
+    skipped = {("S11", "Directions"), ("S9", "Waiting 1"), ("S9", "SittingDown 1"), ("S9", "Greeting")}
+    for name, views, left_out in (("gridconv-gt", raw.gt, {("S11", "Directions")}), ("gridconv-hrnet-learnable", raw.noisy, skipped)):
+        measured = []
+        for seed, ending in enumerate(("", "-seed-1")):
+            run = next(r for r in kept["runs"] if r["recipe"]["name"] == name and r["seed"] == seed)
+            assert run["data"] == run["test_data"] == "Human3.6M" and run["torch"] == torch.__version__ and "thread" in run["device"]
+            assert run["test_frames"] == 5 * (240 - 4 * len(left_out))
+            for which in ("best", "last"):
+                plain = plain_human36m(evaluation.load_model(out / (name + ending) / f"{which}.pt"), raw, views, left_out)
+                assert [run[which]["mpjpe"], run[which]["p_mpjpe"]] == pytest.approx(plain["average"], rel=1e-4)
+                for action in evaluation.ACTIONS:
+                    assert [run[which]["actions"][action][m] for m in ("mpjpe", "p_mpjpe")] == pytest.approx(plain[action], rel=1e-4)
+                if which == "best":
+                    measured.append(plain["average"])
+        row = next(r for r in kept["rows"] if r["recipe"] == name and r["figure"].startswith("MPJPE"))
+        mean = (measured[0][0] + measured[1][0]) / 2
+        assert row["best epoch"] == pytest.approx(mean, rel=1e-4) and row["difference"] == pytest.approx(mean - row["paper"], rel=1e-4)
+        assert row["spread"] == pytest.approx(abs(measured[0][0] - measured[1][0]), rel=1e-2, abs=0.01) and row["within tolerance"] is False
+        assert row["seeds"] == [0, 1]
+        line = next(line for line in report.splitlines() if line.startswith(f"| {name} ") and "MPJPE, mm" in line)
+        assert f"{mean:.2f}" in line and f"{mean - row['paper']:+.2f}" in line and "| no " in line
+    section = report[report.index("## gridconv-hrnet-learnable, seed 1"):]
+    assert section.startswith("## gridconv-hrnet-learnable, seed 1: GridConv Table 1 and A, P1 / P2") and "cells differ from the prior" in section
+    row = table_rows(section[:section.index("| subject")])["SittingDown"]
+    assert row[2] == f"{kept['runs'][3]['best']['actions']['SittingDown']['mpjpe']:.2f}"
+    assert row[3] == "63.90" and row[5] == "52.50"
+
+    before = (out / "gridconv-gt" / "last.pt").stat().st_mtime_ns
+    job(out, "gridconv-gt,gridconv-hrnet-learnable", seeds=2)  # nothing is done twice
+    assert capsys.readouterr().out.count(" done ") == 4 and (out / "gridconv-gt" / "last.pt").stat().st_mtime_ns == before
+    recipe = train.RECIPES["gridconv-gt"]
+    assert train.is_done(recipe, folder, out / "gridconv-gt") and not train.is_done(dataclasses.replace(recipe, lr=1.0), folder, out / "gridconv-gt")
+    os.utime(out / "gridconv-gt" / "result.json", (1, 1))  # older than the data
+    assert not train.is_done(recipe, folder, out / "gridconv-gt")
+
+
+def test_cross_dataset_3dhp_and_humaneva_rows(tiny_rows, everything, tmp_path, capsys):
+    folder, raw = everything
+    tiny_rows()
+    names = "gridconv-3dhp-cross,glagcn-3dhp-27,glagcn-humaneva-gt,glagcn-gt-243-reconstruct"
+    train.reproduce(folder, tmp_path, "cpu", names, False, 1, False, lambda recipe: dataclasses.replace(recipe, eval_every=10 ** 6))
+    kept, report = json.loads((tmp_path / "report.json").read_text()), (tmp_path / "report.md").read_text()
+    runs = {r["recipe"]["name"]: r for r in kept["runs"]}
+    assert set(runs) == {*names.split(","), "gridconv-gt-learnable"}  # what the cross-dataset row evaluates was trained first
+    valid = np.concatenate([v["valid"] == 1 for v in raw.test_3dhp.values()])
+    target = np.concatenate([v["data_3d"] - v["data_3d"][:, 14:15] for v in raw.test_3dhp.values()])
+    scene = np.concatenate([np.full(6, name) for name in raw.test_3dhp])
+
+    def plain_scores(pose, chosen):  # millimetres, 3DHP's joint order
+        errors = [[math.dist(p, t) for p, t in zip(a, b)] for a, b in zip(pose[chosen], target[chosen])]
+        share = lambda threshold: 100 * np.mean([error < threshold for frame in errors for error in frame[:14]])
+        return {"mpjpe": np.mean(errors), "pck_14": share(150), "auc_14": np.mean([share(t) for t in range(0, 151, 5)]),
+                "pck": 100 * np.mean(np.array(errors) < 150)}
+    sizes = [(2048, 2048)] * 4 + [(1920, 1080)] * 2
+    order = [14, 8, 9, 10, 11, 12, 13, 15, 1, 16, 0, 5, 6, 7, 2, 3, 4]
+    for name in ("gridconv-3dhp-cross", "glagcn-3dhp-27"):
+        crossed = name == "gridconv-3dhp-cross"
+        model = evaluation.load_model(tmp_path / ("gridconv-gt-learnable" if crossed else name) / "last.pt")
+        poses = []
+        for view, (w, h) in zip(raw.test_3dhp.values(), sizes):
+            if crossed:
+                pixels = (view["data_2d"][:, order] - [w / 2, h / 2]) / (max(w, h) / 2)
+                with torch.no_grad():
+                    pose = np.empty((6, 17, 3))
+                    pose[:, order] = model(torch.tensor(pixels, dtype=torch.float32)).numpy()
+            else:
+                pixels = np.pad(view["data_2d"] / w * 2 - [1, h / w], [(4, 4), (0, 0), (0, 0)], mode="edge")
+                windows = torch.tensor(np.stack([pixels[i:i + 9] for i in range(6)]), dtype=torch.float32)
+                swap = [0, 1, 5, 6, 7, 2, 3, 4, 11, 12, 13, 8, 9, 10, 14, 15, 16]
+                with torch.no_grad():
+                    pose = (model(windows) + model((windows * torch.tensor([-1.0, 1]))[:, :, swap])[:, swap] * torch.tensor([-1.0, 1, 1])).numpy() / 2
+            pose[:, 14] = 0
+            poses.append(1000 * pose)
+        last = runs[name]["last"]
+        for scores, chosen in ((last["all"], valid), (last["sequences"]["TS2"], valid & (scene == "TS2")),
+                               (last["scenes"]["outdoor"], valid & ((scene == "TS5") | (scene == "TS6")))):
+            plain = plain_scores(np.concatenate(poses), chosen)
+            assert {k: scores[k] for k in plain} == pytest.approx(plain, rel=1e-4) and scores["frames"] == chosen.sum()
+        figures = {r["figure"]: r for r in kept["rows"] if r["recipe"] == name}
+        assert [r["paper"] for r in figures.values()] == list(PRINTED[name]) and runs[name]["test_data"] == "MPI-INF-3DHP test set"
+        plain = plain_scores(np.concatenate(poses), valid)
+        assert figures["PCK, %"]["last epoch"] == pytest.approx(plain["pck_14"]) and figures["AUC, %"]["last epoch"] == pytest.approx(plain["auc_14"])
+    assert runs["gridconv-3dhp-cross"]["test_frames"] == valid.sum() and runs["gridconv-3dhp-cross"]["yardsticks"]["affine"] is None
+
+    eva = runs["glagcn-humaneva-gt"]
+    row = next(r for r in kept["rows"] if r["recipe"] == "glagcn-humaneva-gt")
+    cells = [eva["best"]["cells"][action][f"Validate/S{i}"]["p_mpjpe"] for action in ("Walking", "Jog") for i in (1, 2, 3)]
+    assert row["paper"] == 9.2 and row["best epoch"] == pytest.approx(sum(cells) / 6)
+    assert eva["best"]["cells"]["Walking"]["Validate/S2"]["frames"] == 3 * (3 + 5)  # cameras, both chunks
+    assert table_rows(report[report.index("GLA-GCN's Table 2, which"):])["Jog"][1:] == ["10.10", "8.20", "9.90"]
+    refined = [r for r in kept["rows"] if r["recipe"] == "glagcn-gt-243-reconstruct"]
+    assert [r["figure"] for r in refined] == ["MPJPE, mm", f"MPJPE, mm, {train.REFINED}"] and refined[1]["best epoch"] is None
+    assert refined[1]["last epoch"] == runs["glagcn-gt-243-reconstruct"][train.REFINED]["mpjpe"] and "true root position" in report
+    (tmp_path / "gridconv-gt-learnable" / "result.json").unlink()
+    with pytest.raises(InputError, match="first: python train.py gridconv-gt-learnable"):
+        train.run_recipe(train.RECIPES["gridconv-3dhp-cross"], folder, tmp_path / "gridconv-3dhp-cross", "cpu")
+
+
+def test_which_rows_run(everything, tmp_path):
+    folder = everything[0]
+    assert train.rows_to_run(folder) == list(train.HEADLINE) and train.rows_to_run(tmp_path) == list(train.EMBEDDED)
+    every = train.rows_to_run(folder, everything=True)
+    assert every[:3] == list(train.HEADLINE) and set(PRINTED) - set(every) == set(train.ONLY_BY_NAME) and len(set(every)) == len(every)
+    assert every.index("gridconv-gt-learnable") < every.index("gridconv-3dhp-cross")
+    assert train.rows_to_run(folder, train.ONLY_BY_NAME[0]) == [train.ONLY_BY_NAME[0]]
+    assert train.rows_to_run(folder, "gridconv-3dhp-cross") == ["gridconv-gt-learnable", "gridconv-3dhp-cross"]
+    (tmp_path / "data_test_3dhp.npz").write_bytes((folder / "data_test_3dhp.npz").read_bytes())
+    assert not train.missing_files(train.RECIPES["gridconv-3dhp-cross"], tmp_path) and train.missing_files(train.RECIPES["glagcn-3dhp-27"], tmp_path)
+    assert train.rows_to_run(tmp_path, everything=True) == list(train.EMBEDDED)  # 3DHP's test set alone trains nothing
+    for only, says in (("gridconv-gt", "gridconv-gt needs data_3d_h36m.npz"), ("gridconv-gtt", "unknown 'gridconv-gtt'")):
+        with pytest.raises(InputError, match=says):
+            train.rows_to_run(tmp_path, only)
+    recipes = [train.RECIPES["gridconv-hrnet"], tiny_recipe(name="mine"), train.RECIPES["glagcn-gt-243"]]
+    results = [{"recipe": dataclasses.asdict(recipe), "data": "x", "seed": 0} for recipe in recipes]
+    assert [group[0]["recipe"]["name"] for group in train.by_recipe(results)] == ["glagcn-gt-243", "gridconv-hrnet", "mine"]  # headlines first
+    quick = train.quickened(train.RECIPES["glagcn-gt-243-reconstruct"])
+    assert (quick.epochs, quick.stage_one_epochs) == (8, 6) and train.quickened(train.RECIPES["gridconv-gt-learnable"]).noise_epochs == 3
+    assert train.settings_changed(dataclasses.asdict(quick)).startswith("noise_epochs 3.0 (published: 30.0)")
+    assert not train.settings_changed(json.loads(json.dumps(dataclasses.asdict(train.RECIPES["gridconv-gt"]))))
+
+
+def test_list_says_what_is_present_and_what_it_costs(tiny_rows, everything, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "step_seconds", lambda recipe, store, device, steps: (2.0, 1))
+    shown = ("gridconv-gt", "gridconv-3dhp-cross", "glagcn-3dhp-81", "glagcn-cpn-243", "glagcn-humaneva-gt")
+    monkeypatch.setattr(train, "RECIPES", {name: train.RECIPES[name] for name in shown})
+    train.list_recipes(everything[0], "cpu")
+    text = capsys.readouterr().out
+    rows = table_rows(text)
+    assert all(rows[name][4] == "yes" for name in shown) and rows["gridconv-3dhp-cross"][2] == "72.1 / 89.2 / 57.6"
+    recipe = train.RECIPES["glagcn-3dhp-81"]
+    samples = 2 * 16 * 8 * 2  # flips, sequences, cameras, frames
+    assert float(rows[recipe.name][6].replace(",", "")) == pytest.approx(samples * train.arithmetic(recipe) / 1e12, rel=1e-3)
+    assert rows["glagcn-3dhp-81"][8].startswith("lambda 0.5") and "within 0.5" in text and "1 CPU thread" in text
+    recipe = train.RECIPES["gridconv-gt"]  # two seconds for 50 samples
+    assert float(rows[recipe.name][7]) == pytest.approx(recipe.epochs * 3000 / 50 * 2 / 3600, rel=1e-2)
+    train.list_recipes(tmp_path, "cpu")
+    rows = table_rows(capsys.readouterr().out)
+    assert rows["glagcn-cpn-243"][4] == "no: data_3d_h36m.npz, data_2d_h36m_cpn_ft_h36m_dbb.npz" and rows["glagcn-humaneva-gt"][6] == "-"
+    recipe = train.RECIPES["glagcn-cpn-243"]  # as published, where the data is not here
+    assert float(rows[recipe.name][6].replace(",", "")) == pytest.approx(2 * 1_559_752 * train.arithmetic(recipe) / 1e12, rel=1e-3)
+
+
+def test_reproduce_sh_on_a_miniature(everything, tmp_path):
+    folder = everything[0]
+    shell = lambda *options, data=folder: subprocess.run(
+        ["bash", HERE / "reproduce.sh", *options], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHON": sys.executable, "DATA": str(data), "RESULTS": str(tmp_path / "results"), "OMP_NUM_THREADS": "1"})
+    tiny = ("--hidden", "4", "--blocks", "1", "--channels", "4", "--filter-widths", "3,3", "--epochs", "0.2", "--batch", "50", "--quick")
+    done = shell(*tiny)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.index("gridconv-gt-quick ") < done.stdout.index("gridconv-gt-learnable-quick ") < done.stdout.index("glagcn-gt-243-quick ")
+    assert "of training, from one short timing" in done.stdout and "a tenth of the epochs" in done.stdout and "not Human3.6M: 3,000 frames" in done.stdout
+    report = (tmp_path / "results" / "report.md").read_text()
+    assert not re.search(r"\b(37\.10?|36\.40?|28\.50?|26\.50|22\.00?)\b", report) and "epochs 0.02 (published: 100.0)" in report
+    bad = shell("--only", "gridconv-gt", data=tmp_path)
+    assert bad.returncode == 2 and "needs data_3d_h36m.npz" in bad.stderr and bad.stderr.count("\n") == 1 and bad.stdout == ""
+    for options, says in ((["--only", "gridconv-gtt"], "unknown 'gridconv-gtt'"), (["--frob"], "--frob"), (["--seeds", "0"], "--seeds 0"),
+                          (["--hidden", "x"], "--hidden")):
+        with pytest.raises(InputError, match=says):
+            train.main(["reproduce", "--data", str(folder), "--out", str(tmp_path / "none"), *options])
+    assert sum(1 for _ in open(HERE / "reproduce.sh")) < 150
+
+
+# ---- bad input, in every layout
+
+def _broken(draw, value):
+    """A copy of a nested value with one part, drawn at random, replaced by something else."""
+    other = st.sampled_from([None, 3, "x", [], {}, [[1], [2, 3]], np.zeros(3), np.full((5, 17, 3), np.nan), np.zeros((0, 17, 3)),
+                             np.zeros((5, 16, 2)), np.array([None, "a"]), np.zeros((5, 17, 2), complex), float("inf")])
+    if isinstance(value, (dict, list)) and len(value) and draw(st.integers(0, 5)):
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key = draw(st.sampled_from(keys))
+        copied = copy.copy(value)
+        if isinstance(value, dict) and not draw(st.integers(0, 5)):
+            copied["odd" if draw(st.booleans()) else 7] = copied.pop(key)
+        else:
+            copied[key] = _broken(draw, value[key])
+        return copied
+    return draw(other)
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_files_of_any_other_structure_end_in_one_line(tmp_path_factory, everything, pick):
+    raw, folder = everything[1], tmp_path_factory.mktemp("broken")
+    few = lambda nested, keys: {key: dict(list(nested[key].items())[:2]) for key in keys}
+    subjects, people = ("S9", "S11"), [f"Validate/S{i}" for i in (1, 2, 3)]
+    image, space = gridconv_archives(folder / "gt", {s: {a: np.tile(w, (2, 1, 1))[:8] for a, w in few(raw.space, subjects)[s].items()}
+                                                     for s in subjects}, subjects, "test", False)
+    files = {"data_3d_h36m.npz": {"positions_3d": few(raw.space, subjects)}, "data_2d_h36m_gt.npz": {"positions_2d": few(raw.gt, subjects)},
+             "data_3d_humaneva15.npz": {"positions_3d": few(raw.eva, people)}, "data_2d_humaneva15_gt.npz": {"positions_2d": few(raw.eva_2d, people)},
+             "data_test_3dhp.npz": {"data": raw.test_3dhp}, "gt/test_custom_2d_unnorm.pth.tar": image, "gt/test_custom_3d_unnorm.pth.tar": space}
+    name = pick.draw(st.sampled_from(list(files)))
+    files[name] = _broken(pick.draw, files[name])
+    for path, value in files.items():
+        if path.endswith(".tar"):
+            torch.save(value, folder / path)
+        elif isinstance(value, dict):
+            write_objects(folder / path, **{str(k): v for k, v in value.items()})
+        else:
+            np.savez(folder / path, np.zeros(3))
+    kind = {"h36m": "h36m", "huma": "humaneva", "3dhp": "3dhp", "unno": "gridconv"}[re.search("h36m|huma|3dhp|unno", name)[0]]
+    recipe = recipe_of(data=kind, skeleton={"humaneva": "humaneva15", "3dhp": "3dhp17"}.get(kind, "h36m17"))
+    try:
+        store = evaluation.make_store(SimpleNamespace(**vars(recipe), normalise="width", target="camera"), folder, "test", torch.device("cpu"))
+        assert torch.isfinite(store.input).all() and torch.isfinite(store.target).all()
+    except InputError as error:
+        assert "\n" not in str(error) and len(str(error)) < 600
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda f: (f / "data_3d_humaneva15.npz").unlink(), "data_3d_humaneva15.npz: not found; register at"),
+    (lambda f: (f / "data_2d_humaneva15_gt.npz").write_bytes(b""), "data_2d_humaneva15_gt.npz: cannot be read"),
+    (lambda f: (f / "data_2d_humaneva15_gt.npz").write_bytes((f / "data_2d_humaneva15_gt.npz").read_bytes()[:900]), "data_2d_humaneva15_gt.npz: cannot be read"),
+    (lambda f: np.savez(f / "data_3d_humaneva15.npz"), "no dictionary under the key 'positions_3d'"),
+    (lambda f: write_objects(f / "data_3d_humaneva15.npz", positions_3d={"Train/S1": Hostile()}), "system, which is refused"),
+    (lambda f: write_objects(f / "data_3d_humaneva15.npz", positions_3d={"Train/S1": None}), "Train/S1 is no dictionary of actions"),
+    (lambda f: write_objects(f / "data_3d_humaneva15.npz", positions_3d={"Train/S1": {7: np.zeros((3, 15, 3))}}), "it holds no 7"),
+    (lambda f: damage(f, "3d", lambda a: np.full_like(a, np.nan)), "Train/S2 Walking 1 chunk1 camera C1, 3D, frame 0: NaN"),
+    (lambda f: damage(f, "3d", lambda a: a[:0]), "Train/S2 Walking 1 chunk1 camera C1: no frames; remove the sequence"),
+    (lambda f: damage(f, "2d", lambda views: views[:2]), "Train/S2 Walking 1 chunk1 has 2 cameras, expected 3"),
+    (lambda f: damage(f, "2d", lambda views: [v[:3] for v in views]), "2D has 3 frames, 3D has 5; make both from the same recording"),
+    (lambda f: damage(f, "2d", lambda views: [v[:, :14] for v in views]), "2D has 14 joints, 3D has 15"),
+    (lambda f: damage(f, "2d", lambda views: None), "Train/S2 Walking 1 chunk1 has no list of cameras")])
+def test_bad_humaneva_files_end_the_command_in_one_line(everything, tmp_path, capsys, change, says):
+    for name in ("data_3d_humaneva15.npz", "data_2d_humaneva15_gt.npz"):
+        (tmp_path / name).write_bytes((everything[0] / name).read_bytes())
+    change(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        data.run(lambda: train.main(["glagcn-humaneva-gt", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--channels", "4"]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and says in error and not (tmp_path / "out").exists()
+
+
+def damage(folder, kind, change):
+    """Change one chunk of a HumanEva file."""
+    path = folder / ("data_3d_humaneva15.npz" if kind == "3d" else "data_2d_humaneva15_gt.npz")
+    value = data.read_npz(path)[f"positions_{kind}"].item()
+    value["Train/S2"]["Walking 1 chunk1"] = change(value["Train/S2"]["Walking 1 chunk1"])
+    write_objects(path, **{f"positions_{kind}": value})
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to take its own permission away")
+def test_a_folder_without_permission_is_named(everything, tmp_path):
+    (tmp_path / "data").mkdir(mode=0o700)
+    tmp_path.parent.chmod(0o755), tmp_path.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        for call in (lambda: data.check_folder(tmp_path / "data"), lambda: train.rows_to_run(tmp_path / "data"), lambda: train.list_recipes(tmp_path / "data", "cpu"),
+                     lambda: data.load_dataset(recipe_of(), tmp_path / "data", "test")):
+            with pytest.raises(InputError, match="data: cannot be listed .Permission denied.; name a data folder that you may read"):
+                call()
+    finally:
+        os.seteuid(0)
+
+
+def test_check_says_what_is_found_allowed_and_missing(everything, tmp_path):
+    lines, unusable = data.check_folder(everything[0])
+    text = "\n".join(lines)
+    assert unusable == 0 and "not here" not in text and "missing" not in text
+    for found in ("Human3.6M, 2D gt: allows GridConv's P1* rows", "Human3.6M, 32 joints, 2D gt: allows GridConv's 32-joint rows (Table 6)",
+                  "test: 224 sequences, 1,120 frames", "train: 600 sequences, 3,000 frames; files in Human3.6M layout (not Human3.6M",
+                  "HumanEva-I, 2D detectron_pt_coco: allows GLA-GCN's MRCNN row", "MPI-INF-3DHP, 2D gt: allows GLA-GCN's rows"):
+        assert found in text, found
+    for name in ("data_test_3dhp.npz", "data_2d_h36m_gt.npz", "data_3d_h36m.npz"):
+        (tmp_path / name).write_bytes((everything[0] / name).read_bytes())
+    lines, unusable = data.check_folder(tmp_path)  # 3DHP's test set alone is no fault
+    text = "\n".join(lines)
+    assert unusable == 0 and "missing: data_train_3dhp.npz; register at https://vcai.mpi-inf.mpg.de" in text and "test: 6 sequences, 36 frames" in text
+    assert "missing: data_2d_h36m_hrnet.npz; fetch the archive" in text
+    (tmp_path / "data_2d_h36m_detectron.npz").write_bytes(b"")
+    lines, unusable = data.check_folder(tmp_path)
+    assert unusable == 2 and "Human3.6M, 2D detectron: allows no published row; any recipe with --keypoints detectron" in lines
+    names = {one[1:4] for one in data.SETS}
+    for recipe in train.RECIPES.values():
+        assert not train.paper_figures(recipe) or recipe.weights or (recipe.data, recipe.keypoints, recipe.skeleton) in names, recipe.name
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@
     python train.py gridconv-mocap --data data              # after: python data.py bvh FOLDER --out data --name mocap ...
     python train.py glagcn-gt-243 --data data --seed 1      # a published row; any recipe field can be given as an option
     torchrun --nproc-per-node 4 train.py glagcn-gt-243      # several GPUs (or CPU processes) share the recipe's batch
-    python train.py --list                                  # every recipe, its table row and what data it needs
+    python train.py --list                                  # every recipe: row, data and whether it is here, cost
     python train.py ablate gridconv-5 --data data           # the rows of one table side by side, several seeds
     python train.py report results                          # the table of every run in a folder
+    python train.py reproduce --data data --quick           # what bash reproduce.sh runs: --only --all --seeds N --quick
     python train.py bench                                   # the fast forms against the plain ones, on this machine
 
 A run's folder holds last.pt (the whole state: continue by giving the same command again), best.pt (the weights of the
@@ -43,6 +44,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import eval as evaluation
@@ -63,12 +65,15 @@ class Recipe:
     row: str = ""  # the table row it reproduces, or what it is for
     paper_mpjpe: float = 0.0  # the paper's figure in mm; 0: none
     paper_p_mpjpe: float = 0.0  # the paper's figure after alignment in mm; 0: none
+    paper_pck: float = 0.0  # the paper's PCK at 150 mm in %; 0: none
+    paper_auc: float = 0.0  # the paper's AUC in %; 0: none
     ours: str = ""  # the settings that neither paper nor release gives
     # data
     data: str = "h36m"  # h36m, gridconv (its archives), humaneva, 3dhp, mocap or synthetic
     keypoints: str = "gt"  # the 2D: gt, hrnet, cpn_ft_h36m_dbb, ...
     skeleton: str = "h36m17"  # h36m17, h36m32, humaneva15 or 3dhp17
     skip: str = ""  # test sequences left out: gridconv (facts of its release) or none
+    weights: str = ""  # nothing is trained: the recipe whose weights are evaluated on this data
     normalise: str = "release-500"  # of the 2D: release-500, width or longest
     target: str = "camera"  # camera: root-relative metres; uvd: pixel u, v and depth (the section-sign rows)
     # model
@@ -171,6 +176,17 @@ def _recipes():
                     eval_every=20)
     add("glagcn-humaneva-gt", "GLA-GCN Table 2, gt, P2", 0.0, 9.2, base=gla, **humaneva)
     add("glagcn-humaneva-mrcnn", "GLA-GCN Table 2, MRCNN, P2", 0.0, 15.4, base=gla, keypoints="detectron_pt_coco", **humaneva)
+
+    # MPI-INF-3DHP: Adam with amsgrad, 256 channels, 50 epochs; of its two stages only the losses are given. Without
+    # intrinsics there is no refinement. The cross-dataset row evaluates what gridconv-gt-learnable trained.
+    hp3d = dataclasses.replace(gla, data="3dhp", skeleton="3dhp17", channels=256, optimizer="amsgrad", lr=1e-3, schedule="3dhp",
+                               epochs=50.0, batch=256, norm_schedule=False, reconstruct=True, unshared_weight=0.5,
+                               stage_one_epochs=38.0, ours="lambda 0.5, stages of 38 and 12 epochs, losses in metres")
+    add("glagcn-3dhp-27", "GLA-GCN Table 3, T=27", 31.36, base=hp3d, paper_pck=98.19, paper_auc=76.53, filter_widths=(3,) * 3)
+    add("glagcn-3dhp-81", "GLA-GCN Table 3, T=81", 27.76, base=hp3d, paper_pck=98.53, paper_auc=79.12, filter_widths=(3,) * 4)
+    add("gridconv-3dhp-cross", "GridConv Table 3, trained on Human3.6M", 72.1, base=gt_learnable, data="3dhp",
+        weights="gridconv-gt-learnable", normalise="longest", paper_pck=89.2, paper_auc=57.6,
+        ours="gt 2D normalised by the longest side, neck/nose = 3DHP's head, universal annotation")
 
     # Motion that anyone may hold: the open benchmark, and procedural motion that needs no data at all.
     small = Recipe(data="mocap", layout="handcrafted", hidden=64, dropout=0.0, loss="mpjpe", lr=3e-3, epochs=12.0,
@@ -657,14 +673,12 @@ def finish(run, stores):
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                             cwd=Path(__file__).parent).stdout.strip()
     result = {"recipe": dataclasses.asdict(recipe), "data": run.trained_on, "train_frames": len(stores["train"]),
-              "test_frames": len(stores["test"]), "parameters": parameters(recipe), "epochs": run.step / run.epoch_steps,
+              "test_data": data.provenance(stores["test"].sequences), "test_frames": int(stores["test"].valid.sum()),
+              "parameters": parameters(recipe), "epochs": run.step / run.epoch_steps,
               "last": run.last, "best": run.best, "yardsticks": evaluation.yardsticks(stores["train"], stores["test"]),
               "seconds": run.seconds, "seed": recipe.seed, "commit": commit, "torch": torch.__version__,
               "python": platform.python_version(),
-              "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else
-              f"{torch.get_num_threads()} CPU thread" + "s" * (torch.get_num_threads() > 1)}
-    if run.world > 1:
-        result["device"] = f"{run.world} x {result['device']}"
+              "device": f"{run.world} x " * (run.world > 1) + device_name(run.device)}
     if recipe.refine:
         pose = evaluation.predict(run.model, stores["test"], flip=recipe.flip_test).to(run.device)
         with torch.no_grad():
@@ -839,7 +853,7 @@ def add_recipe_options(parser):
     """An option for every recipe field; left out, the recipe's own value stands."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Recipe), re.M))
     for field in dataclasses.fields(Recipe):
-        if field.name not in ("name", "row", "ours", "paper_mpjpe", "paper_p_mpjpe"):
+        if field.name not in ("name", "row", "ours", "weights") and not field.name.startswith("paper"):
             parser.add_argument("--dataset" if field.name == "data" else "--" + field.name.replace("_", "-"), metavar="VALUE",
                                 dest="field_" + field.name, help=comments.get(field.name, "").replace("%", "%%") or None)
 
@@ -864,13 +878,96 @@ def parameters(recipe):
     return sum(p.numel() for p in (*model.parameters(), *extra))
 
 
-def list_recipes():
-    """Print every recipe: the row it reproduces, the paper's figure, the data it needs, its parameters, what is ours."""
-    rows = []
+# ---------------------------------------------------------------------------------------------------------------------
+# What a recipe costs, and what of it can be run here
+
+FIGURES = {"mpjpe": "MPJPE, mm", "p_mpjpe": "P-MPJPE, mm", "pck": "PCK, %", "auc": "AUC, %"}  # of papers, see eval.quoted
+TOLERANCE = 0.5  # mm, or points of PCK and AUC: a figure this near the paper's counts as reproduced
+
+
+def paper_figures(recipe):
+    """{figure: the paper's value} of a recipe, empty where it reproduces no published row."""
+    return {name: value for name in FIGURES if (value := getattr(recipe, "paper_" + name))}
+
+
+@functools.cache
+def arithmetic(recipe):
+    """Floating-point operations of a training step on one sample, forward and backward, counted on the meta device."""
+    model = evaluation.build_model(recipe).to("meta").train()
+    frames = [model.receptive_field] * (model.receptive_field > 1)
+    pose = torch.empty(2, *frames, model.num_joints, 2, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        outputs = model(pose, return_sequence=True) if recipe.reconstruct else [model(pose)]
+        sum(out.sum() for out in outputs).backward()
+    return counter.get_total_flops() / 2
+
+
+def missing_files(recipe, folder):
+    """The names of the files that a recipe needs and `folder` lacks; evaluating needs the test set's alone."""
+    paths = data.files_of(recipe, folder)[-1 if recipe.weights else 0:]
+    return [path.name for path in paths if not path.exists()]
+
+
+def epoch_samples(recipe, folder, counted):
+    """Training samples an epoch: of the data in `folder`, of Human3.6M as published where it is not there, else None.
+    `counted` keeps the frames of each dataset from one call to the next."""
+    if recipe.data not in counted:
+        absent = data.H36M_FRAMES["train"][0] if recipe.data in ("h36m", "gridconv") else None
+        counted[recipe.data] = absent if missing_files(recipe, folder) else sum(
+            len(s.pose_3d) for s in data.load_dataset(recipe, folder, "train"))
+    return counted[recipe.data] and counted[recipe.data] * (2 if recipe.flips else 1)
+
+
+def speed(recipe, device, timed):
+    """Operations a second that training steps of this method and width reach on the device, by one short timing (of 27
+    frames at most and up to 96 channels, without reconstruction). `timed` keeps it from one call to the next."""
+    most = 512 if device.type == "cuda" else 32 if recipe.method == "glagcn" else 200  # so that it stays short
+    small = dataclasses.replace(recipe, filter_widths=recipe.filter_widths[:3], channels=min(recipe.channels, 96), micro_batch=0,
+                                batch=min(recipe.batch, most), reconstruct=False, refine=False)
+    key = (small.method, small.hidden, small.channels)
+    if key not in timed:
+        pose = np.random.default_rng(0).random((256, len(data.SKELETONS[small.skeleton].joints), 3), np.float32)
+        sequence = data.Sequence("S1", "timing", "", 1000 * pose[..., :2], pose, pose[:, 0] + 4, data.H36M_INTRINSICS[0],
+                                 (1000, 1000), 50.0)
+        store = data.FrameStore([sequence] * 8, small.normalise, data.SKELETONS[small.skeleton], device, target=small.target)
+        seconds, _ = step_seconds(small, store, device, steps=1)
+        timed[key] = small.batch * arithmetic(small) / seconds
+    return timed[key]
+
+
+def cost(recipe, folder, device, counted, timed):
+    """(operations an epoch, hours of training) of a recipe on the device, estimated; None where not known."""
+    samples = None if recipe.weights else epoch_samples(recipe, folder, counted)
+    if not samples:
+        return None, None
+    total = samples * arithmetic(recipe)
+    return total, recipe.epochs * total / speed(recipe, device, timed) / 3600
+
+
+def list_recipes(folder="data", device=None):
+    """Print every recipe: the row it reproduces, the paper's figure, its data and whether that is here, its parameters,
+    arithmetic an epoch and hours on this device (one short timing of each method and width), and what of it is ours."""
+    device, rows, counted, timed = evaluation.pick_device(device), [], {}, {}
+    data.listing(folder)  # permitted?
     for r in RECIPES.values():
-        paper = " / ".join(f"{v:g}" for v in (r.paper_mpjpe, r.paper_p_mpjpe) if v) or None
-        rows.append([r.name, paper, f"{parameters(r) / 1e6:.2f} M", f"{r.data} {r.keypoints}", r.row, r.ours or None])
-    print(evaluation.markdown(["recipe", "paper, mm", "parameters", "data", "row", "ours"], rows))
+        missing = missing_files(r, folder)
+        total, hours = cost(r, folder, device, counted, timed)
+        rows.append([r.name, r.row, " / ".join(f"{v:g}" for v in paper_figures(r).values()) or None, f"{r.data} {r.keypoints}",
+                     f"no: {', '.join(missing)}" if missing else "yes", f"{parameters(r) / 1e6:.2f} M",
+                     total and f"{total / 1e12:,.4g}", hours and f"{hours:,.3g}", r.ours or None])
+    header = ["recipe", "row", "paper", "data", f"present in {folder}", "parameters", "TFLOP an epoch", "hours here", "ours"]
+    print(evaluation.markdown(header, rows))
+    print(f"\nPapers' figures: MPJPE / P-MPJPE in mm, on 3DHP MPJPE in mm / PCK / AUC in %; within {TOLERANCE} mm or\n"
+          f"points counts as reproduced. Hours of training on {device_name(device)}, from one short timing of each method and\n"
+          "width; evaluation is not counted. Rows without hours:\ntheir data is not here, or they evaluate what "
+          "another row trained.")
+
+
+def device_name(device):
+    """What a device is called in tables."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU thread" + "s" * (torch.get_num_threads() > 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -908,12 +1005,10 @@ ABLATIONS = {
 }
 
 
-def step_seconds(recipe, folder, device=None, steps=12):
-    """(seconds of a training step, steps an epoch) of the recipe on the data in `folder`: the median of `steps` steps,
-    after three others."""
-    device = evaluation.pick_device(device)
-    run = Run(dataclasses.replace(recipe, epochs=1.0, stage_one_epochs=1.0 * recipe.reconstruct),
-              make_store(recipe, folder, "train", device), ".", device)
+def step_seconds(recipe, store, device, steps=12):
+    """(seconds of a training step, steps an epoch) of the recipe on a store's frames: the median of `steps` steps, after
+    three others."""
+    run = Run(dataclasses.replace(recipe, epochs=1.0, stage_one_epochs=1.0 * recipe.reconstruct), store, ".", device)
     run.begin_epoch(0)
     times = []
     for chunk in batches(epoch_order(recipe, len(run.store), 0).to(device), recipe.batch)[:steps + 3]:
@@ -941,7 +1036,9 @@ def ablate(table, folder, out, minutes, seeds, base_options, device=None):
     if not plan.exists():
         epochs = {}
         for label, (_, fields) in rows.items():
-            seconds, steps = step_seconds(dataclasses.replace(base, **fields), folder, device)
+            timed = dataclasses.replace(base, **fields)
+            place = evaluation.pick_device(device)
+            seconds, steps = step_seconds(timed, make_store(timed, folder, "train", place), place)
             epochs[label] = max(0.01, round(minutes * 60 / seconds / steps, 2))
         text = json.dumps({"minutes": minutes, "epochs": epochs}, indent=1)
         data.write_atomically(plan, lambda file: file.write(text.encode()))
@@ -988,80 +1085,274 @@ def ablate(table, folder, out, minutes, seeds, base_options, device=None):
             f"compares.\n\n" + evaluation.markdown(header, lines))
 
 
+REFINED = "refined, with the true root position and the intrinsics"  # the second figure of recipes with `refine`
+
+
+def settings_changed(recipe):
+    """How a run's recipe, as a dict, differs from the published one of its name: "epochs 10 (published: 100)", ..."""
+    published = dataclasses.asdict(RECIPES.get(recipe["name"], Recipe()))
+    if published["name"] != recipe["name"]:
+        return ""
+    return ", ".join(f"{key} {value} (published: {published[key]})" for key, value in recipe.items()
+                     if key in published and key not in ("name", "seed") and evaluation._tuples(value) != published[key])
+
+
+def measured_on(result):
+    """The honest name of the data of a result: the test set's where that decides, else what the model was trained on."""
+    recipe, test = result["recipe"], result.get("test_data", result["data"])
+    needs_h36m = recipe["data"] in ("h36m", "gridconv") or recipe.get("weights")
+    return test if evaluation.GENUINE.get(recipe["data"]) == test and (not needs_h36m or result["data"] == evaluation.HUMAN36M) \
+        else result["data"]
+
+
+def by_recipe(results):
+    """Results in lists of the same recipe and data, apart from the seed; the headline rows first, then as --list has them."""
+    groups, order = {}, [*HEADLINE, *RECIPES]
+    for result in sorted(results, key=lambda r: r["seed"]):
+        groups.setdefault(json.dumps([{**result["recipe"], "seed": None}, measured_on(result)]), []).append(result)
+    place = lambda group: order.index(group[0]["recipe"]["name"]) if group[0]["recipe"]["name"] in order else len(order)
+    return sorted(groups.values(), key=place)
+
+
+def mean_and_spread(values):
+    """(mean, largest minus smallest or None for a single value)."""
+    return statistics.fmean(values), max(values) - min(values) if len(values) > 1 else None
+
+
+def published_rows(results):
+    """The papers' figures beside the measured ones, a dict for each figure of each recipe, only where the data is the
+    paper's. Compared is the epoch that was best on the test set, as the papers do; a refined figure has the last alone."""
+    rows = []
+    for group in by_recipe(results):
+        recipe = group[0]["recipe"]
+        kind, changed = recipe["data"], settings_changed(recipe)
+        if evaluation.GENUINE.get(kind) != measured_on(group[0]):
+            continue
+        pairs = [("", [r["best"] for r in group], [r["last"] for r in group])]
+        if all(REFINED in r for r in group):
+            pairs.append((f", {REFINED}", None, [r[REFINED] for r in group]))
+        for ending, best, last in pairs:
+            for name, title in FIGURES.items():
+                if not recipe.get("paper_" + name):
+                    continue
+                figures = lambda scores: mean_and_spread([evaluation.quoted(s, kind)[name] for s in scores])
+                (final, final_spread), (top, spread) = figures(last), figures(best) if best else (None, None)
+                difference = (final if top is None else top) - recipe["paper_" + name]
+                rows.append({"recipe": recipe["name"], "row": recipe["row"], "figure": title + ending,
+                             "paper": recipe["paper_" + name], "best epoch": top, "difference": difference,
+                             "within tolerance": abs(difference) <= TOLERANCE, "last epoch": final,
+                             "seeds": [r["seed"] for r in group], "spread": final_spread if top is None else spread,
+                             "settings changed": changed, "ours": recipe["ours"]})
+    return rows
+
+
 def report_table(results):
-    """Finished runs as one markdown table: method, data, frames, errors, yardsticks, time, and the paper's figure only
-    where the data is Human3.6M."""
-    header = ["run", "data", "test frames", "MPJPE", "P-MPJPE", "best epoch's MPJPE", "mean pose", "affine", "minutes",
-              "paper MPJPE", "paper P-MPJPE"]
-    lines, other = [], False
-    for r in results:
-        recipe, true = r["recipe"], r["data"] == evaluation.HUMAN36M
-        other |= not true
-        paper = [recipe[k] or None if true else None for k in ("paper_mpjpe", "paper_p_mpjpe")]
-        lines.append([recipe["name"], r["data"], f"{r['test_frames']:,}", *evaluation.headline(r["last"], recipe["data"]),
-                      evaluation.headline(r["best"], recipe["data"])[0], r["yardsticks"]["mean_pose"],
-                      r["yardsticks"]["affine"], r["seconds"] / 60, *paper])
-    text = evaluation.markdown(header, lines) + (
-        "\n\nErrors in mm on the test split, of the last epoch and of the epoch that was best on the test set (what the papers "
-        "quote):\nunweighted over the actions on Human3.6M, over all frames elsewhere. Yardsticks, over all frames: predicting "
-        "the training\nmean pose, and the best affine map of the 2D pose. Minutes of training, evaluation not counted.")
-    if other:
-        text += ("\n\nThe data column says what a run was measured on: where it is not Human3.6M, no figure compares with the "
-                 "papers'.\nFor the papers' numbers put Human3.6M into data/ (README, section Data) and run bash reproduce.sh again.")
-    return text
+    """Finished runs as markdown: the papers' figures beside the measured ones where the data is the papers', then every
+    run's data, errors, yardsticks and time; means over seeds."""
+    rows, parts, lines = published_rows(results), [], []
+    seeds = lambda numbers: ", ".join(map(str, numbers))
+    if rows:
+        header = ["recipe", "row", "figure", "paper", "best epoch", "difference", f"within {TOLERANCE}", "last epoch", "seeds",
+                  "spread", "ours"]
+        verdict = lambda r: "settings changed" if r["settings changed"] else "yes" if r["within tolerance"] else "no"
+        parts += [evaluation.markdown(header, [
+            [r["recipe"], r["row"], r["figure"], f"{r['paper']:g}", r["best epoch"], f"{r['difference']:+.2f}", verdict(r),
+             r["last epoch"], seeds(r["seeds"]), r["spread"], r["ours"] or None] for r in rows]),
+            f"""The papers quote the epoch that was best on the test set, so that one is compared: within {TOLERANCE} mm
+(PCK, AUC: {TOLERANCE} points) counts as reproduced. Means over the seeds; spread is largest minus smallest."""]
+    for group in by_recipe(results):
+        first, kind, mean = group[0], group[0]["recipe"]["data"], statistics.fmean
+        scores, aligned = zip(*(evaluation.headline(r["last"], kind) for r in group))
+        name = first["recipe"]["name"] + " (settings changed)" * bool(settings_changed(first["recipe"]))
+        lines.append([name, measured_on(first), seeds(r["seed"] for r in group), f"{first['test_frames']:,}",
+                      *mean_and_spread(scores), mean(aligned), mean(evaluation.headline(r["best"], kind)[0] for r in group),
+                      first["yardsticks"]["mean_pose"], first["yardsticks"]["affine"], mean(r["seconds"] for r in group) / 60])
+    parts += [evaluation.markdown(["run", "data", "seeds", "test frames", "MPJPE", "spread", "P-MPJPE", "best epoch's MPJPE",
+                                   "mean pose", "affine", "minutes"], lines),
+              """Errors in mm on the test split, of the last epoch and of the epoch that was best on the test set: unweighted
+over the actions on Human3.6M, over actions and subjects on HumanEva-I, over all frames elsewhere; means over the seeds.
+Yardsticks, over all frames: predicting the training mean pose, and the best affine map of the 2D pose.
+Minutes of training, evaluation not counted."""]
+    if any(evaluation.GENUINE.get(r["recipe"]["data"]) != measured_on(r) for r in results):
+        parts.append("""The data column says what a run was measured on: where it is not Human3.6M, HumanEva-I or MPI-INF-3DHP
+itself, no figure compares with the papers'. For the papers' numbers put Human3.6M into data/ (README, section Data) and run
+bash reproduce.sh again.""")
+    return "\n\n".join(parts)
+
+
+def run_section(r):
+    """A run's part of the report: what it ran on, and its tables of the best and of the last epoch."""
+    recipe, changed, source = argparse.Namespace(**r["recipe"]), settings_changed(r["recipe"]), measured_on(r)
+    facts = (f"seed {r['seed']}, commit {r['commit'] or 'unknown'}, {r['device']}, torch {r['torch']}, Python {r['python']}, "
+             f"{r['parameters']:,} parameters, {r['epochs']:g} epochs, {r['seconds'] / 60:.1f} minutes")
+    facts += f"; ours: {recipe.ours}" * bool(recipe.ours) + f"; settings changed: {changed}" * bool(changed)
+    parts = [f"## {recipe.name}, seed {r['seed']}: {recipe.row}", facts]
+    if "autogrids" in r:
+        dropped = ", ".join(map(str, r["autogrids"]["dropped"])) or "none"
+        parts.append(f"Learnt grid: {r['autogrids']['cells_changed']} cells differ from the prior; joints dropped: {dropped}.")
+    same = r["best"]["mpjpe"] == r["last"]["mpjpe"]
+    best = f"Best epoch, {r['best']['epoch']:g}, chosen on the test set as the papers do" + ", which is the last" * same
+    refined_title = f"Last epoch, {REFINED}"
+    for title, scores in ((best, r["best"]), ("Last epoch", None if same else r["last"]), (refined_title, r.get(REFINED))):
+        if scores:
+            parts += [f"### {title}", evaluation.report(scores, source, recipe)]
+    return "\n\n".join(parts)
 
 
 def write_report(folder):
-    """report.md and report.json of every finished run below a folder; returns the table."""
-    paths = sorted(Path(folder).glob("*/result.json"), key=lambda p: p.stat().st_mtime)
+    """report.md and report.json ({"rows": papers' figures beside measured, "runs": results}) of every finished run below a
+    folder; returns the tables."""
+    paths = sorted(Path(folder).glob("*/result.json"))
     if not paths:
         raise InputError(f"{folder}: no finished runs (*/result.json); train one first")
-    results, parts = [], []
+    results = []
     for path in paths:
         try:
-            r = json.loads(path.read_text())
-            report_table([r])
-            recipe = argparse.Namespace(**r["recipe"])
-            parts += [f"## {recipe.name}: {recipe.row}",
-                      f"seed {r['seed']}, commit {r['commit'] or 'unknown'}, {r['device']}, torch {r['torch']}, Python "
-                      f"{r['python']}, {r['parameters']:,} parameters, {r['epochs']:g} epochs"
-                      + (f"; ours: {recipe.ours}" if recipe.ours else ""), evaluation.report(r["last"], r["data"], recipe)]
+            results.append(json.loads(path.read_text()))
+            report_table(results[-1:]), run_section(results[-1])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not a result of train.py ({error}): remove it") from None
-        results.append(r)
-    parts = ["# Report", report_table(results), *parts]
-    data.write_atomically(Path(folder) / "report.md", lambda file: file.write(("\n\n".join(parts) + "\n").encode()))
-    data.write_atomically(Path(folder) / "report.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
-    return parts[1]
+    table, results = report_table(results), [r for group in by_recipe(results) for r in group]
+    text = "\n\n".join(["# Report", table, *map(run_section, results)]) + "\n"
+    kept = json.dumps({"rows": published_rows(results), "runs": results}, indent=1)
+    data.write_atomically(Path(folder) / "report.md", lambda file: file.write(text.encode()))
+    data.write_atomically(Path(folder) / "report.json", lambda file: file.write(kept.encode()))
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The main job: what reproduce.sh runs
+
+HEADLINE = ("gridconv-gt", "gridconv-gt-learnable", "glagcn-gt-243")
+EMBEDDED = ("gridconv-synthetic", "gridconv-synthetic-learnable", "glagcn-synthetic")
+ONLY_BY_NAME = ("glagcn-gt-243-reconstruct-512",)  # days on any single GPU
+
+
+def rows_to_run(folder, only="", everything=False):
+    """The recipes to run: those named, else the headline rows (and with `everything` every other published row) whose
+    data is here, else the embedded default. What a row evaluates comes before it. InputError: no such row or data."""
+    data.listing(folder)
+    if only:
+        names = only.split(",")
+        for name in names:
+            if name not in RECIPES:
+                raise InputError(f"--only: unknown {name!r}; python train.py --list shows the rows")
+            if missing := missing_files(RECIPES[name], folder):
+                raise InputError(f"{name} needs {', '.join(missing)}, not found in {folder}; python data.py check {folder} says "
+                                 "where to get it")
+    else:
+        names = [*HEADLINE, *(n for n, r in RECIPES.items() if everything and paper_figures(r) and n not in ONLY_BY_NAME)]
+        names = [n for n in names if not missing_files(RECIPES[n], folder)]
+        names = [n for n in names if not RECIPES[n].weights or not missing_files(RECIPES[RECIPES[n].weights], folder)] or EMBEDDED
+    return list(dict.fromkeys(n for name in names for n in (RECIPES[name].weights, name) if n))
+
+
+def quickened(recipe):
+    """The recipe with a tenth of its epochs, and of whatever is counted in them."""
+    fields = ("epochs", "noise_epochs", "anneal_epochs", "stage_one_epochs")
+    return dataclasses.replace(recipe, **{name: getattr(recipe, name) / 10 for name in fields})
+
+
+def is_done(recipe, folder, place):
+    """Whether `place` holds the result of this recipe, newer than its data."""
+    path = place / "result.json"
+    if not path.exists():
+        return False
+    try:
+        kept = Recipe(**{k: evaluation._tuples(v) for k, v in json.loads(path.read_text())["recipe"].items()})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return kept == recipe and all(p.stat().st_mtime <= path.stat().st_mtime for p in data.files_of(recipe, folder) if p.exists())
+
+
+def evaluate_trained(recipe, folder, out, device=None):
+    """The result of a recipe that trains nothing: the best and the last weights of the run of `recipe.weights` that stands
+    beside `out`, on this recipe's test data. InputError: that run is not finished."""
+    out = Path(out or Path("results") / recipe.name)
+    source, device = out.with_name(out.name.replace(recipe.name, recipe.weights)), evaluation.pick_device(device)
+    path = data._existing(source / "result.json", f"first: python train.py {recipe.weights} --out {source}")
+    result = json.loads(path.read_text())
+    store = make_store(recipe, folder, "test", device)
+    for which in ("best", "last"):
+        model = evaluation.load_model(source / f"{which}.pt").to(device)
+        result[which] = {"epoch": model.epoch, **evaluation.evaluate(model, store, flip=recipe.flip_test)}
+    result |= {"recipe": dataclasses.asdict(recipe), "test_data": data.provenance(store.sequences),
+               "test_frames": int(store.valid.sum()), "yardsticks": {"mean_pose": None, "affine": None}}
+    data.write_atomically(out / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
+    return result
+
+
+def run_recipe(recipe, folder, out=None, device=None):
+    """Train a recipe, or evaluate what another one trained; returns the result."""
+    return (evaluate_trained if recipe.weights else train)(recipe, folder, out, device)
+
+
+def reproduce(folder, out, device, only, everything, seeds, quick, options):
+    """Say what will run and how long that takes, run it seed by seed, continuing and skipping what `out` holds, and write the
+    report after every run; returns its tables. `options(recipe)` applies the command line's."""
+    if seeds < 1:
+        raise InputError(f"--seeds {seeds}: expected a number above 0")
+    device, out, names = evaluation.pick_device(device), Path(out), rows_to_run(folder, only, everything)
+    plan, lines, hours, counted, timed, total = [], [], {}, {}, {}, 0.0
+    for seed in range(seeds):
+        for name in names:
+            recipe = dataclasses.replace(options(RECIPES[name]), seed=seed)
+            recipe = quickened(recipe) if quick else recipe
+            check_recipe(recipe)
+            place = out / (name + "-quick" * quick + f"-seed-{seed}" * (seed > 0))
+            done = is_done(recipe, folder, place)
+            if name not in hours:
+                hours[name] = cost(recipe, folder, device, counted, timed)[1]
+            total += 0.0 if done else hours[name] or 0.0
+            state = "done" if done else "to be continued" if (place / "last.pt").exists() else "to run"
+            lines.append([place.name, recipe.row, f"{recipe.epochs:g}", state, hours[name] and f"{hours[name]:.2f}"])
+            plan += [] if done else [(recipe, place)]
+    what = f"data in {folder}"
+    if names[0] in EMBEDDED:
+        what = f"no published row's data in {folder}, so both methods on procedural motion"
+    print(f"To run: {what}, on {device_name(device)}" + ", a tenth of the epochs" * quick + ".\n")
+    print(evaluation.markdown(["run", "row", "epochs", "state", "hours"], lines))
+    print(f"\nAbout {total * 60:.0f} minutes ({total:.1f} hours) of training, from one short timing of each method here;\n"
+          "evaluation comes on top. Interrupted, the same command continues.\n", flush=True)
+    for recipe, place in plan:
+        run_recipe(recipe, folder, place, device)
+        write_report(out)
+    return write_report(out)
 
 
 def main(argv=None):
     """Run the command line; see the module's docstring."""
     parser = data.Parser(prog="train.py", description=__doc__, allow_abbrev=False,
                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", help="a recipe's name (--list shows them), or ablate, report or bench")
+    parser.add_argument("recipe", nargs="?", help="a recipe's name (--list shows them), or reproduce, ablate, report or bench")
     parser.add_argument("what", nargs="?", help="with ablate: the table; with report: the folder")
     parser.add_argument("--list", action="store_true", help="show the recipes")
     parser.add_argument("--data", default="data", metavar="DIR", help="the folder with the data (default: data)")
     parser.add_argument("--out", metavar="DIR", help="the run's folder (default: results/RECIPE)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument("--minutes", type=float, default=4.0, help="with ablate: training time of a run (default: 4)")
-    parser.add_argument("--seeds", type=int, default=3, help="with ablate: seeds 0 to N-1 (default: 3)")
+    parser.add_argument("--seeds", type=int, help="seeds 0 to N-1 (default: with ablate 3, with reproduce 1)")
+    parser.add_argument("--only", metavar="ROW", default="", help="with reproduce: these recipes alone (ROW,ROW)")
+    parser.add_argument("--all", action="store_true", help="with reproduce: every published row whose data is here")
+    parser.add_argument("--quick", action="store_true", help="with reproduce: a tenth of the epochs")
     add_recipe_options(parser)
     args = parser.parse_args(argv)
     if args.list:
-        list_recipes()
+        list_recipes(args.data, args.device)
     elif args.recipe == "report":
         print(write_report(args.what or "results"))
     elif args.recipe == "bench":
         bench(args.device)
     elif args.recipe == "ablate":
-        print(ablate(args.what, args.data, args.out or f"results/ablate-{args.what}", args.minutes, args.seeds,
-                     lambda recipe: with_options(recipe, args), args.device))
+        print(ablate(args.what, args.data, args.out or f"results/ablate-{args.what}", args.minutes,
+                     3 if args.seeds is None else args.seeds, lambda recipe: with_options(recipe, args), args.device))
     elif args.recipe in RECIPES:
-        result = train(with_options(RECIPES[args.recipe], args), args.data, args.out, args.device)
+        result = run_recipe(with_options(RECIPES[args.recipe], args), args.data, args.out, args.device)
         if result:
             print(report_table([result]))
+    elif args.recipe == "reproduce":
+        print(reproduce(args.data, args.out or "results", args.device, args.only, args.all,
+                        1 if args.seeds is None else args.seeds, args.quick, lambda recipe: with_options(recipe, args)))
     else:
         raise InputError(f"recipe: {'none given' if args.recipe is None else f'unknown {args.recipe!r}'}; "
                          "python train.py --list shows them")
