@@ -345,9 +345,9 @@ class FrameStore:
     (N, J, 3): pose_3d for target="camera"; for "uvd" the normalised pinhole projection u, v and the root-relative
     depth in metres (GridConv's rows marked with a section sign). sequence (N,) each frame's sequence, first and last
     (N,) the bounds of that sequence, root (N, 3), valid (N,) bool, intrinsics (S, 9), sizes (S, 2).
-    cameras="random", `noise` and `missing` replace all but the motion, anew with each `redraw`.
+    cameras="random" (see `random_cameras`), `noise` and `missing` (see `detect`) are drawn anew by `redraw`.
     Raises InputError for an empty list, a wrong number of joints, an unknown rule or target, "uvd" without cameras, or
-    random cameras where the recorded ones' extrinsics are unknown.
+    random cameras without the recorded ones' extrinsics.
     """
 
     def __init__(self, sequences, rule, skeleton, device="cpu", dtype=torch.float32, target="camera",
@@ -374,15 +374,13 @@ class FrameStore:
         self.pose_3d = join(s.pose_3d for s in sequences)
         self.root = join(s.root for s in sequences)
         self.intrinsics = place(np.stack([s.intrinsics for s in sequences]))
-        self.rule, self.cameras, self.noise, self.missing = rule, cameras, noise, missing
+        self.rule, self.noise, self.missing = rule, noise, missing
         self._set_sizes([s.size for s in sequences])
         self._mirror = torch.tensor(skeleton.mirror, device=device)
         self._sign = torch.tensor([-1.0, 1.0, 1.0], device=device, dtype=dtype)
         self.target = self.pose_3d if target == "camera" else self._to_uvd()
-        self._clean = self.input
-        if cameras == "random":
-            self._world = join(map(_upright, sequences))
-        if cameras == "random" or noise or missing:  # whatever is measured on it is called so
+        self._clean, self._world = self.input, join(map(_upright, sequences)) if cameras == "random" else None
+        if cameras == "random" or noise or missing:  # a figure measured on it is called so
             how = f", {cameras} cameras, noise {noise:g}, missing {missing:g}"
             self.sequences = [replace(s, source=s.source + how) for s in sequences]
             self.redraw()
@@ -391,23 +389,21 @@ class FrameStore:
         return len(self.input)
 
     def redraw(self, draw=0):
-        """Draw number `draw` of the random cameras, the noise and the missing joints: a function of that number alone.
+        """Random cameras, noise and missing joints anew, where the store has them: a function of the number `draw` alone.
 
-        Training takes even numbers, another one each epoch; test sets have TEST_DRAW, an odd one, so that no model is
-        tested through cameras that it was trained with. Changes nothing in a store of clean 2D from recorded cameras.
+        Training takes an even number each epoch, tests TEST_DRAW, an odd one: no model is tested in training's views.
         """
         generator = torch.Generator().manual_seed(draw)  # on the CPU: the same figures whatever the device
-        if self.cameras == "random":
+        if self._world is not None:
             points, self.intrinsics, sizes = random_cameras(self._world, self.sequence, len(self.sequences), generator)
             self._set_sizes(sizes.tolist())
             self.root = points[:, self.skeleton.root]
             self.pose_3d = points - self.root[:, None]
             uvd = self._to_uvd()
-            self._clean, self.target = uvd[..., :2], self.pose_3d if self.kind == "camera" else uvd
+            self._clean, self.target = uvd[..., :2].contiguous(), self.pose_3d if self.kind == "camera" else uvd
+        self.input = self._clean
         if self.noise or self.missing:
             self.input = detect(self._clean, self.first, self.last, self.noise, self.missing, generator)
-        else:
-            self.input = self._clean
 
     def _set_sizes(self, sizes):
         self.sizes = torch.tensor(sizes, device=self.input.device)
@@ -485,18 +481,18 @@ OUTLIERS, OUTLIER_SCALE, GAP = 0.02, 10.0, 10  # fraction of joints, times the n
 def _upright(s):
     """The joints (T, J, 3) of a Sequence in metres, z up, about the root's mean position."""
     if s.extrinsics is None:
-        raise InputError(f"{s.subject} {s.action} camera {s.camera}: random cameras need to know the recorded ones' place "
-                         "(mocap, synthetic, h36m); take --cameras recorded")
-    root = camera_to_world(s.root, s.extrinsics)
-    return camera_to_world(s.pose_3d, s.extrinsics) - s.extrinsics[4:] + (root - root.mean(0))[:, None]
+        raise InputError(f"{s.subject} {s.action} camera {s.camera}: its extrinsics are unknown, which random cameras need; "
+                         "choose mocap, synthetic or h36m data, or recorded cameras")
+    return (camera_to_world(s.pose_3d + s.root[:, None].astype(np.float64), s.extrinsics)
+            - camera_to_world(s.root.mean(0, np.float64), s.extrinsics))
 
 
 def random_cameras(world, sequence, count, generator):
-    """World (N, J, 3), metres, z up, seen by a random camera for each of `count` sequences (sequence (N,): which).
+    """World (N, J, 3), metres, z up, through one random camera for each of `count` sequences (sequence (N,): which).
 
-    Returns the joints in the camera frame (N, J, 3), intrinsics (count, 9) without distortion and sizes (count, 2) in
-    whole pixels. CAMERA_RANGES says what is drawn; the distance, and with it the height, follows: the least that keeps
-    every joint of every frame in the drawn part of the image, and at least 1 m in front of the camera.
+    Returns camera-space joints (N, J, 3), intrinsics (count, 9) without distortion, sizes (count, 2) in whole pixels.
+    CAMERA_RANGES says what is drawn; the distance, and with it the height, is the least that keeps every joint of every
+    frame in the drawn part of the image and at least 1 m in front of the camera.
     """
     low, high = torch.tensor(list(CAMERA_RANGES.values()), dtype=torch.float64).T
     drawn = low + (high - low) * torch.rand(count, len(low), generator=generator, dtype=torch.float64)
@@ -508,8 +504,8 @@ def random_cameras(world, sequence, count, generator):
     focal = LONGEST_SIDE * focal.expand(-1, 2)
     intrinsics = torch.cat((focal, sizes / 2, torch.zeros(count, 5)), 1).to(world)
     edge = fill * sizes / 2 / focal  # of that part of the image, as x / z and y / z, (count, 2)
-    place = torch.cat((drawn[:, 6:] * edge, torch.ones(count, 1)), 1).to(world)  # of the root's mean, likewise
-    points = world @ rotation[sequence].mT
+    place = torch.cat((drawn[:, 6:] * edge, torch.ones(count, 1)), 1).to(world)  # of the root's mean, at distance 1
+    points = (world[..., None, :] * rotation[sequence, None]).sum(-1)  # no matrix product: tf32 would round it
     xy, z = points[..., :2], points[..., 2:]
     edge, aim = edge.to(world)[sequence, None], place[sequence, None, :2]
     # |xy + distance aim| <= edge (z + distance), solved for the distance
@@ -521,16 +517,15 @@ def random_cameras(world, sequence, count, generator):
 def detect(pose_2d, first, last, noise, missing, generator):
     """2D (N, J, 2) as a detector with gaps gives it, after interpolation; first and last (N,) bound the sequences.
 
-    Gaussian noise of standard deviation `noise` times the person's size (the longer side of the frame's joints' box),
-    ten times that for 2 % of the joints; then `missing` of all joints lost in gaps of 1 to 19 frames, which may
-    overlap, and filled linearly in time from the frames before and after, or held where a sequence ends in a gap. A
-    sequence's first frame is whole.
+    Gaussian noise of `noise` times the person's size (the longer side of the box around a frame's joints), ten times
+    that for 2 % of the joints; then the fraction `missing` of all joints is lost in gaps of 1 to 19 frames, which may
+    overlap, and filled linearly in time between the frames around a gap, held where a sequence ends in one. The first
+    frame of a sequence is whole.
     """
-    noisy, chances = torch.randn(pose_2d.shape, generator=generator), torch.rand(3, *pose_2d.shape[:2], generator=generator)
-    gross, begins, length = chances.to(pose_2d)
+    error = torch.randn(pose_2d.shape, generator=generator).to(pose_2d)
+    gross, begins, length = torch.rand(3, *pose_2d.shape[:2], generator=generator).to(pose_2d)
     size = (pose_2d.amax(1, True) - pose_2d.amin(1, True)).amax(-1, True)  # (N, 1, 1)
-    scale = noise * size * torch.where(gross < OUTLIERS, OUTLIER_SCALE, 1.0)[..., None]
-    pose_2d = pose_2d + scale * noisy.to(pose_2d)
+    pose_2d = pose_2d + noise * size * torch.where(gross < OUTLIERS, OUTLIER_SCALE, 1.0)[..., None] * error
     time = torch.arange(len(pose_2d), device=pose_2d.device)[:, None]
     over = time + 1 + (length * (2 * GAP - 1)).long()  # the frame after a gap that begins here
     over = torch.where(begins < -np.log1p(-missing) / GAP, over, 0).cummax(0).values
@@ -538,9 +533,9 @@ def detect(pose_2d, first, last, noise, missing, generator):
     before = torch.where(seen, time, 0).cummax(0).values
     after = torch.where(seen, time, len(time)).flip(0).cummin(0).values.flip(0)
     after = torch.where(after > last[:, None], before, after)
-    weight = (time - before) / (after - before).clamp(min=1)
+    weight = (time - before).to(pose_2d) / (after - before).clamp(min=1)
     at = lambda frame: pose_2d.gather(0, frame[..., None].expand_as(pose_2d))
-    return at(before).lerp(at(after), weight[..., None].to(pose_2d))
+    return at(before).lerp(at(after), weight[..., None])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

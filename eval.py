@@ -628,7 +628,8 @@ def make_store(recipe, folder, split, device):
     store = data.FrameStore(data.load_dataset(recipe, folder, split), recipe.normalise, data.SKELETONS[recipe.skeleton],
                             device, target=recipe.target, cameras=recipe.cameras, noise=recipe.noise,
                             missing=recipe.missing)
-    store.redraw(data.TEST_DRAW if split == "test" else 0)
+    if split == "test":
+        store.redraw(data.TEST_DRAW)
     return store
 
 

@@ -311,7 +311,8 @@ def batches(order, size):
 def check_recipe(recipe):
     """InputError where a field of the recipe cannot be meant, before anything is loaded or built."""
     words = {"method": ("gridconv", "glagcn"), "loss": ("mse", "grid", "mpjpe"), "precision": ("float32", "tf32", "bf16"),
-             "target": ("camera", "uvd"), "cameras": ("recorded", "random"), "skip": ("", "gridconv"), "optimizer": ("adam", "amsgrad", "ranger"),
+             "target": ("camera", "uvd"), "skip": ("", "gridconv"), "optimizer": ("adam", "amsgrad", "ranger"),
+             "cameras": ("recorded", "random"),
              "skeleton": tuple(data.SKELETONS)}
     for name, known in words.items():
         if getattr(recipe, name) not in known:
