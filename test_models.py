@@ -2309,9 +2309,8 @@ WILD = dict(cameras="random", noise=0.01, missing=0.1, normalise="longest", flip
 @pytest.mark.parametrize("fields", [WILD, dict(WILD, method="glagcn", filter_widths=(3,), channels=4, batch=32)], ids=["gridconv", "glagcn"])
 def test_data_random_cameras_resume_exactly(run_folder, fields, monkeypatch):
     test_training_is_reproducible_and_resumes_exactly(run_folder, fields, monkeypatch)
-    whole = train.train(tiny_recipe(**{**fields, "epochs": 2.0}), out=run_folder / "whole", quiet=True)  # nothing left to do
-    parts = train.train(tiny_recipe(**{**fields, "epochs": 2.0}), out=run_folder / "parts", quiet=True)
-    assert whole["yardsticks"] == parts["yardsticks"] and whole["data"].endswith("random cameras, noise 0.01, missing 0.1")
+    done, again = (train.train(tiny_recipe(**{**fields, "epochs": 1.1}), out=run_folder / "done", quiet=True) for _ in range(2))
+    assert done == again and done["data"].endswith("random cameras, noise 0.01, missing 0.1")
 
 
 def test_data_every_epoch_and_the_test_set_have_their_own_cameras(run_folder):
@@ -2326,7 +2325,7 @@ def test_data_every_epoch_and_the_test_set_have_their_own_cameras(run_folder):
     same = FrameStore(data.load_dataset(recipe, "", "test"), "longest", H17, **{k: WILD[k] for k in ("cameras", "noise", "missing")})
     same.redraw(1)
     assert torch.equal(same.input, stores["test"].input) and not set(tested.tolist()) & set(torch.cat(drawn).tolist())
-    for seed, epoch in ((0, 0), (1, 7), (2 ** 40, 10 ** 6)):  # every number that training may take is even
+    for seed, epoch in ((0, 0), (1, 8), (2 ** 40, 10 ** 6 + 1)):  # every number that training may take is even
         numbers = []
         run.recipe, run.store = dataclasses.replace(recipe, seed=seed), SimpleNamespace(redraw=numbers.append)
         run.begin_epoch(epoch)
