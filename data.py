@@ -289,7 +289,7 @@ class Sequence:
     pose_2d (T, J, 2) pixels; pose_3d (T, J, 3) metres, camera frame, relative to the root joint; root (T, 3) the root
     joint in the camera frame, metres; intrinsics (9,) as `project` takes them, NaN where unknown; size (width, height)
     in pixels; fps in 1/s; source: what the motion is, see `provenance`; valid (T,): frames that count in a score, None
-    where all do.
+    where all do; extrinsics (7,) as `world_to_camera` takes them, z up, None where unknown.
     """
     subject: str
     action: str
@@ -302,6 +302,7 @@ class Sequence:
     fps: float
     source: str = ""
     valid: np.ndarray | None = None
+    extrinsics: np.ndarray | None = None
 
 
 UNKNOWN_INTRINSICS = np.full(9, np.nan)
@@ -357,10 +358,13 @@ class FrameStore:
     (N, J, 3): pose_3d for target="camera"; for "uvd" the normalised pinhole projection u, v and the root-relative
     depth in metres (GridConv's rows marked with a section sign). sequence (N,) each frame's sequence, first and last
     (N,) the bounds of that sequence, root (N, 3), valid (N,) bool, intrinsics (S, 9), sizes (S, 2).
-    Raises InputError for an empty list, a wrong number of joints, an unknown rule or target, or "uvd" without cameras.
+    cameras="random" (see `random_cameras`), `noise` and `missing` (see `detect`) are drawn anew by `redraw`.
+    Raises InputError for an empty list, a wrong number of joints, an unknown rule or target, "uvd" without cameras, or
+    random cameras without the recorded ones' extrinsics.
     """
 
-    def __init__(self, sequences, rule, skeleton, device="cpu", dtype=torch.float32, target="camera"):
+    def __init__(self, sequences, rule, skeleton, device="cpu", dtype=torch.float32, target="camera",
+                 cameras="recorded", noise=0.0, missing=0.0):
         if not sequences:
             raise InputError("frame store: no sequences; choose other subjects or actions, or another split")
         for s in sequences:
@@ -383,15 +387,41 @@ class FrameStore:
         self.pose_3d = join(s.pose_3d for s in sequences)
         self.root = join(s.root for s in sequences)
         self.intrinsics = place(np.stack([s.intrinsics for s in sequences]))
-        self.sizes = torch.tensor([s.size for s in sequences], device=device)
-        screen = place(np.array([_screen(s.size, rule) for s in sequences]))
-        self._centre, self._scale = screen[:, :2], screen[:, 2:]
+        self.rule, self.noise, self.missing = rule, noise, missing
+        self._set_sizes([s.size for s in sequences])
         self._mirror = torch.tensor(skeleton.mirror, device=device)
         self._sign = torch.tensor([-1.0, 1.0, 1.0], device=device, dtype=dtype)
         self.target = self.pose_3d if target == "camera" else self._to_uvd()
+        self._clean, self._world = self.input, join(map(_upright, sequences)) if cameras == "random" else None
+        if cameras == "random" or noise or missing:  # a figure measured on it is called so
+            how = f", {cameras} cameras, noise {noise:g}, missing {missing:g}"
+            self.sequences = [replace(s, source=s.source + how) for s in sequences]
+            self.redraw()
 
     def __len__(self):
         return len(self.input)
+
+    def redraw(self, draw=0):
+        """Random cameras, noise and missing joints anew, where the store has them: a function of the number `draw` alone.
+
+        Training takes an even number each epoch, tests TEST_DRAW, an odd one: no model is tested in training's views.
+        """
+        generator = torch.Generator().manual_seed(draw)  # on the CPU: the same figures whatever the device
+        if self._world is not None:
+            points, self.intrinsics, sizes = random_cameras(self._world, self.sequence, len(self.sequences), generator)
+            self._set_sizes(sizes.tolist())
+            self.root = points[:, self.skeleton.root]
+            self.pose_3d = points - self.root[:, None]
+            uvd = self._to_uvd()
+            self._clean, self.target = uvd[..., :2].contiguous(), self.pose_3d if self.kind == "camera" else uvd
+        self.input = self._clean
+        if self.noise or self.missing:
+            self.input = detect(self._clean, self.first, self.last, self.noise, self.missing, generator)
+
+    def _set_sizes(self, sizes):
+        self.sizes = torch.tensor(sizes, device=self.input.device)
+        screen = self.input.new_tensor([_screen(size, self.rule) for size in sizes])
+        self._centre, self._scale = screen[:, :2], screen[:, 2:]
 
     def _view(self, index):  # each frame's focal length, optical centre and normalisation, (n, 1, 1|2)
         sequence = self.sequence[index]
@@ -445,6 +475,80 @@ class FrameStore:
         gather = lambda store, at: store.index_select(0, at.reshape(-1)).reshape(*at.shape, *store.shape[1:])
         pose, target = gather(self.input, window), gather(self.target, window if all_targets else index)
         return (pose, target) if flip is None else (self._mirrored(pose, flip), self._mirrored(target, flip))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random cameras and imperfect 2D, for models that are to lift any video
+
+TEST_DRAW = 1  # see FrameStore.redraw
+CAMERA_RANGES = {  # what `random_cameras` draws for each sequence, evenly between the two
+    "heading": (-180, 180), "tilt": (-5, 30), "roll": (-5, 5),  # degrees; a tilt above 0 looks down
+    "focal": (0.6, 1.6),  # focal length over the longest side: fields of view of 80 to 35 degrees
+    "shape": (-np.log(16 / 9), np.log(16 / 9)),  # ln(width / height): upright to lying 9:16
+    "fill": (0.6, 1.0),  # the part of the image, about its centre, that holds every joint of the sequence
+    "aside": (-0.25, 0.25), "below": (-0.25, 0.25)}  # where in it the root's mean position is: 0 the centre, 1 its edge
+LONGEST_SIDE, NEAREST = 1000, 1.0  # pixels, metres
+OUTLIERS, OUTLIER_SCALE, GAP = 0.02, 10.0, 10  # fraction of joints, times the noise, mean frames
+
+
+def _upright(s):
+    """The joints (T, J, 3) of a Sequence in metres, z up, about the root's mean position."""
+    if s.extrinsics is None:
+        raise InputError(f"{s.subject} {s.action} camera {s.camera}: its extrinsics are unknown, which random cameras need; "
+                         "choose mocap, synthetic or h36m data, or recorded cameras")
+    return (camera_to_world(s.pose_3d + s.root[:, None].astype(np.float64), s.extrinsics)
+            - camera_to_world(s.root.mean(0, np.float64), s.extrinsics))
+
+
+def random_cameras(world, sequence, count, generator):
+    """World (N, J, 3), metres, z up, through one random camera for each of `count` sequences (sequence (N,): which).
+
+    Returns camera-space joints (N, J, 3), intrinsics (count, 9) without distortion, sizes (count, 2) in whole pixels.
+    CAMERA_RANGES says what is drawn; the distance, and with it the height, is the least that keeps every joint of every
+    frame in the drawn part of the image and at least 1 m in front of the camera.
+    """
+    low, high = torch.tensor(list(CAMERA_RANGES.values()), dtype=torch.float64).T
+    drawn = low + (high - low) * torch.rand(count, len(low), generator=generator, dtype=torch.float64)
+    heading, tilt, roll = drawn[:, :3].T.numpy()
+    axes = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]])  # the world's right, down and forward: the camera's x, y, z
+    rotation = torch.from_numpy(_turns("Z", roll) @ _turns("X", tilt) @ axes @ _turns("Z", heading)).to(world)
+    focal, shape, fill = drawn[:, 3:6, None].unbind(1)
+    sizes = (LONGEST_SIDE * torch.cat((shape, -shape), 1).clamp(max=0).exp()).round()  # width, height
+    focal = LONGEST_SIDE * focal.expand(-1, 2)
+    intrinsics = torch.cat((focal, sizes / 2, torch.zeros(count, 5)), 1).to(world)
+    edge = fill * sizes / 2 / focal  # of that part of the image, as x / z and y / z, (count, 2)
+    place = torch.cat((drawn[:, 6:] * edge, torch.ones(count, 1)), 1).to(world)  # of the root's mean, at distance 1
+    points = (world[..., None, :] * rotation[sequence, None]).sum(-1)  # no matrix product: tf32 would round it
+    xy, z = points[..., :2], points[..., 2:]
+    edge, aim = edge.to(world)[sequence, None], place[sequence, None, :2]
+    # |xy + distance aim| <= edge (z + distance), solved for the distance
+    least = torch.cat(((xy - edge * z) / (edge - aim), (-xy - edge * z) / (edge + aim), NEAREST - z), -1).amax((1, 2))
+    distance = world.new_zeros(count).scatter_reduce(0, sequence, least, "amax")
+    return points + (distance[:, None] * place)[sequence, None], intrinsics, sizes.long()
+
+
+def detect(pose_2d, first, last, noise, missing, generator):
+    """2D (N, J, 2) as a detector with gaps gives it, after interpolation; first and last (N,) bound the sequences.
+
+    Gaussian noise of `noise` times the person's size (the longer side of the box around a frame's joints), ten times
+    that for 2 % of the joints; then the fraction `missing` of all joints is lost in gaps of 1 to 19 frames, which may
+    overlap, and filled linearly in time between the frames around a gap, held where a sequence ends in one. The first
+    frame of a sequence is whole.
+    """
+    error = torch.randn(pose_2d.shape, generator=generator).to(pose_2d)
+    gross, begins, length = torch.rand(3, *pose_2d.shape[:2], generator=generator).to(pose_2d)
+    size = (pose_2d.amax(1, True) - pose_2d.amin(1, True)).amax(-1, True)  # (N, 1, 1)
+    pose_2d = pose_2d + noise * size * torch.where(gross < OUTLIERS, OUTLIER_SCALE, 1.0)[..., None] * error
+    time = torch.arange(len(pose_2d), device=pose_2d.device)[:, None]
+    over = time + 1 + (length * (2 * GAP - 1)).long()  # the frame after a gap that begins here
+    over = torch.where(begins < -np.log1p(-missing) / GAP, over, 0).cummax(0).values
+    seen = (over <= time) | (time == first[:, None])
+    before = torch.where(seen, time, 0).cummax(0).values
+    after = torch.where(seen, time, len(time)).flip(0).cummin(0).values.flip(0)
+    after = torch.where(after > last[:, None], before, after)
+    weight = (time - before).to(pose_2d) / (after - before).clamp(min=1)
+    at = lambda frame: pose_2d.gather(0, frame[..., None].expand_as(pose_2d))
+    return at(before).lerp(at(after), weight[..., None])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -841,7 +945,7 @@ def load_mocap(folder, name="mocap", keypoints="gt", split="train"):
                           world_to_camera(world[bounds[i]:bounds[i + 1]], space["extrinsics"][i, c]), 0, cut=False,
                           subject=str(space["subjects"][i]), action=str(space["actions"][i]), camera=str(camera),
                           intrinsics=space["intrinsics"][c], size=tuple(space["sizes"][c].tolist()),
-                          fps=float(space["fps"][i]), source=str(space["source"]))
+                          fps=float(space["fps"][i]), source=str(space["source"]), extrinsics=space["extrinsics"][i, c])
                 for i in chosen for c, camera in enumerate(space["cameras"])]
     except InputError:
         raise
@@ -957,11 +1061,12 @@ def synthesize(seed, subjects=tuple(H36M_EXTRINSICS), motions=tuple(MOTIONS), ta
             for take in range(takes):
                 world = _motion(rng, kind, frames, fps, bones, manner)
                 for c, camera in enumerate(H36M_CAMERAS):
-                    points = world_to_camera(world, H36M_EXTRINSICS.get(subject, rigs[number % len(rigs)])[c])
+                    extrinsics = H36M_EXTRINSICS.get(subject, rigs[number % len(rigs)])[c]
+                    points = world_to_camera(world, extrinsics)
                     sequences.append(_sequence(
                         "synthetic", project(points, H36M_INTRINSICS[c]), points, 0, subject=subject,
                         action=f"{kind} {take + 1}", camera=camera, intrinsics=H36M_INTRINSICS[c], size=H36M_SIZES[c],
-                        fps=float(fps), source=f"synthetic motion (seed {seed})"))
+                        fps=float(fps), source=f"synthetic motion (seed {seed})", extrinsics=extrinsics))
     return sequences
 
 
@@ -1045,7 +1150,7 @@ def load_h36m(folder, keypoints="gt", subjects=SPLITS["train"], joints=17):
                 pixels = project(points, H36M_INTRINSICS[c])
             sequences.append(_sequence(path, select(pixels), points, 0, subject=subject, action=action,
                                        camera=camera, intrinsics=H36M_INTRINSICS[c], size=H36M_SIZES[c], fps=H36M_FPS,
-                                       source=source))
+                                       source=source, extrinsics=H36M_EXTRINSICS[subject][c]))
     return sequences
 
 

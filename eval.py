@@ -282,6 +282,7 @@ def load_model(path, **overrides):
     if not isinstance(known, dict) or not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
         raise InputError(f"{path}: no checkpoint of this project, of GridConv's release or of GLA-GCN's: it holds "
                          f"{', '.join(sorted(map(str, content))[:8]) or 'nothing'}")
+    known = {"cameras": "recorded", "noise": 0.0, "missing": 0.0, **known}       # releases' and older files know none
     overrides = {name: value for name, value in overrides.items() if value is not None}
     unknown = sorted(set(overrides) - set(known))
     if unknown:
@@ -443,6 +444,7 @@ def yardsticks(train_store, test_store, chunk=65536):
 
     if train_store.skeleton != test_store.skeleton:
         raise InputError(f"training data of {train_store.skeleton.name}, test data of {test_store.skeleton.name}")
+    train_store.redraw()                                                        # not the epoch's that came last
     count = train_store.valid.sum()
     mean_x = sum(x.sum(0) for x, _ in parts(train_store)) / count
     mean_y = sum(y.sum(0) for _, y in parts(train_store)) / count
@@ -835,9 +837,13 @@ def pick_device(name=None):
 
 
 def make_store(recipe, folder, split, device):
-    """The recipe's frames of a split ("train" or "test"), on the device."""
-    return data.FrameStore(data.load_dataset(recipe, folder, split), recipe.normalise, data.SKELETONS[recipe.skeleton],
-                           device, target=recipe.target)
+    """The recipe's frames of a split ("train" or "test"), on the device; the test split through its own cameras."""
+    store = data.FrameStore(data.load_dataset(recipe, folder, split), recipe.normalise, data.SKELETONS[recipe.skeleton],
+                            device, target=recipe.target, cameras=recipe.cameras, noise=recipe.noise,
+                            missing=recipe.missing)
+    if split == "test":
+        store.redraw(data.TEST_DRAW)
+    return store
 
 
 def load_store(model, folder, split, device="cpu"):
@@ -857,12 +863,19 @@ def evaluate_command(argv):
     parser.add_argument("--data", default="data", help="the folder with the dataset's files (default: data)")
     parser.add_argument("--dataset", choices=DATASETS, help="another dataset than the one trained on")
     parser.add_argument("--keypoints", help="the 2D poses, as gt, hrnet or cpn_ft_h36m_dbb")
+    parser.add_argument("--cameras", choices=("recorded", "random"), help="random: test cameras that no training sees")
+    parser.add_argument("--noise", type=float, help="2D noise, a fraction of the person's size in the image")
+    parser.add_argument("--missing", type=float, help="fraction of the 2D lost in gaps and interpolated in time")
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, help="average with the mirrored input's")
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
-    model = _load(args, data=args.dataset, keypoints=args.keypoints).to(device)
+    for name, most in (("noise", 1), ("missing", 0.9)):
+        if not 0 <= (getattr(args, name) or 0) <= most:
+            raise InputError(f"--{name} {getattr(args, name):g}: expected a fraction from 0 to {most:g}")
+    model = _load(args, data=args.dataset, keypoints=args.keypoints, cameras=args.cameras, noise=args.noise,
+                  missing=args.missing).to(device)
     recipe = model.recipe
     flip = recipe.flip_test if args.flip is None else args.flip
     store = load_store(model, args.data, "test", device)

@@ -2508,6 +2508,197 @@ def test_data_check_folder(miniature, bvh_folder, tmp_path):
     assert damaged.returncode == 2 and "train: cannot be used" in damaged.stdout and damaged.stderr.count("\n") == 1
 
 
+# ---- random cameras, noise and missing joints
+
+def upright_clips(names=("S1", "S9"), frames=20):
+    """Whole bodies moving on procedural clips, one recorded camera each: (Sequences, their worlds (T, 17, 3), z up)."""
+    clips = [s for s in data.synthesize(3, names, ("walk", "sit", "kick"), frames=frames) if s.camera == data.H36M_CAMERAS[1]]
+    world = lambda s: data.camera_to_world(s.pose_3d + s.root[:, None].astype(float), data.H36M_EXTRINSICS[s.subject][1])
+    return clips, [world(s) for s in clips]
+
+
+def parts_of(store):
+    """Camera-space joints, 2D and bounds of each sequence in a store, as (points (T, 17, 3), pose_2d (T, 17, 2))."""
+    return [((store.pose_3d + store.root[:, None])[store.sequence == i].double(), store.input[store.sequence == i].double())
+            for i in range(len(store.sequences))]
+
+
+@given(st.integers(0, 2 ** 40))
+@settings(max_examples=15)
+def test_data_random_cameras_are_what_their_ranges_say(draw):
+    """Undone by hand: from the world's z up to the image by the drawn angles, focal length, shape and place."""
+    clips, worlds = upright_clips()
+    store = FrameStore(clips, "longest", H17, cameras="random")
+    store.redraw(draw)
+    chances = torch.rand(len(clips), 8, generator=torch.Generator().manual_seed(draw), dtype=torch.float64)
+    for i, (world, (points, pose_2d)) in enumerate(zip(worlds, parts_of(store), strict=True)):
+        drawn = [low + (high - low) * p for (low, high), p in zip(data.CAMERA_RANGES.values(), chances[i].tolist())]
+        (heading, tilt, roll), (focal, shape, fill, aside, below) = np.deg2rad(drawn[:3]), drawn[3:]
+        width, height = store.sizes[i].tolist()
+        assert max(width, height) == 1000 and width / height == pytest.approx(math.exp(shape), rel=2e-3)
+        np.testing.assert_allclose(store.intrinsics[i], [1000 * focal] * 2 + [width / 2, height / 2] + [0] * 5, rtol=1e-6)
+        edges = [fill * side / 2 / (1000 * focal) for side in (width, height)]
+        mean = world[:, 0].mean(0)
+        distance = points[:, 0].mean(0)[2].item()
+        nearest, outermost = np.inf, 0.0
+        for t in range(len(world)):
+            for j in range(17):
+                x, y, z = world[t, j] - mean
+                x, y = math.cos(heading) * x - math.sin(heading) * y, math.sin(heading) * x + math.cos(heading) * y
+                x, y, z = x, -z, y  # right, down, forward
+                y, z = math.cos(tilt) * y - math.sin(tilt) * z, math.sin(tilt) * y + math.cos(tilt) * z
+                x, y = math.cos(roll) * x - math.sin(roll) * y, math.sin(roll) * x + math.cos(roll) * y
+                x, y, z = x + distance * aside * edges[0], y + distance * below * edges[1], z + distance
+                np.testing.assert_allclose(points[t, j], (x, y, z), atol=2e-5)
+                nearest, outermost = min(nearest, z), max(outermost, abs(x / z) / edges[0], abs(y / z) / edges[1])
+        assert nearest > 0.999 and outermost < 1.001  # in front of the camera, in its part of the image,
+        assert nearest < 1.001 or outermost > 0.999  # and no further off than that needs
+        pixels = data.project(points.numpy(), store.intrinsics[i].double().numpy())
+        np.testing.assert_allclose(pose_2d, data.normalise(pixels, (width, height), "longest"), atol=2e-5)
+        for a, b in H17.edges:
+            bone = np.linalg.norm(world[:, a] - world[:, b], axis=-1)
+            np.testing.assert_allclose((points[:, a] - points[:, b]).norm(dim=-1), bone, atol=2e-5)
+        np.testing.assert_allclose(store.pose_3d[store.sequence == i], points - points[:, :1], atol=1e-6)
+
+
+def test_data_random_cameras_see_standing_people_upright():
+    clips, worlds = upright_clips()
+    assert all(world[:, 10, 2].mean() > world[:, [3, 6], 2].mean() + 0.8 for world in worlds)
+    store = FrameStore(clips, "longest", H17, cameras="random")
+    for draw in range(20):
+        store.redraw(draw)
+        assert (store.input[:, 10, 1] < store.input[:, [3, 6], 1].mean(1)).float().mean() > 0.95  # y down
+
+
+def test_data_a_draw_depends_on_its_number_alone():
+    clips, _ = upright_clips()
+    options = dict(cameras="random", noise=0.02, missing=0.3)
+    store, other, uvd = (FrameStore(clips, "longest", H17, target=target, **options) for target in ("camera", "camera", "uvd"))
+    seen = []
+    for draw in (4, 2, data.TEST_DRAW, 4):
+        for one in (store, uvd):
+            one.redraw(draw)
+        seen.append((store.input.clone(), store.target.clone(), store.intrinsics.clone(), store.root.clone()))
+        assert torch.equal(uvd.input, store.input) and torch.equal(uvd.pose_3d, store.target)
+        index = torch.arange(len(uvd))
+        assert (uvd.to_camera(uvd.target, index) - store.pose_3d).abs().max() < 1e-4
+    other.redraw(4)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(
+        seen[0], seen[3], (other.input, other.target, other.intrinsics, other.root)))
+    focal = [set(draw[2][:, 0].tolist()) for draw in seen[:3]]
+    assert not focal[0] & focal[1] and not focal[0] & focal[2] and not focal[1] & focal[2] and len(focal[0]) == len(clips)
+    clean = FrameStore(clips, "longest", H17, cameras="random")
+    clean.redraw(4)  # the same cameras, whatever noise and gaps
+    assert torch.equal(clean.intrinsics, seen[0][2]) and torch.equal(clean.target, seen[0][1])
+    assert not torch.equal(clean.input, seen[0][0])
+    plain = FrameStore(clips, "width", H17)
+    before = plain.input.clone()
+    plain.redraw(4)
+    assert torch.equal(plain.input, before) and plain.sequences[0].source == clips[0].source
+    assert store.sequences[0].source == "synthetic motion (seed 3), random cameras, noise 0.02, missing 0.3"
+    human = [dataclasses.replace(s, source=data._layout("Human3.6M", False)) for s in clips]
+    assert "noise 0.1" in data.provenance(FrameStore(human, "width", H17, noise=0.1).sequences)  # never "Human3.6M"
+    with pytest.raises(InputError, match="S1 walk 1.*random cameras"):
+        FrameStore([dataclasses.replace(s, extrinsics=None) for s in clips], "longest", H17, cameras="random")
+
+
+def test_data_noise_is_as_asked():
+    generator = torch.Generator().manual_seed(5)
+    scale = torch.tensor([1.0, 3.0, 0.2, 2.0]).repeat_interleave(3000)[:, None, None]
+    clean = torch.rand(1, 17, 2, generator=generator) * scale  # one pose at four sizes
+    bounds = torch.zeros(12000, dtype=torch.long), torch.full((12000,), 11999)
+    size = max((clean[0, :, axis].max() - clean[0, :, axis].min()).item() for axis in (0, 1))
+    error = (data.detect(clean, *bounds, 0.01, 0.0, generator) - clean) / (size * scale)
+    for part in error.split(3000):
+        assert 1.4826 * part.abs().median().item() == pytest.approx(0.01, rel=0.04)  # all but blind to outliers
+        assert part.square().mean().sqrt().item() == pytest.approx(0.01 * math.sqrt(0.98 + 0.02 * 100), rel=0.05)
+    gross = (error.norm(dim=-1) > 0.05).float().mean().item()  # in both coordinates at once
+    assert gross == pytest.approx(0.02 * math.exp(-0.5 * 0.25), rel=0.1)
+    assert torch.equal(data.detect(clean, *bounds, 0.0, 0.0, generator), clean)
+
+
+@pytest.mark.parametrize("missing", [0.02, 0.1, 0.5])
+def test_data_gaps_are_as_asked_and_filled_as_a_loop_would(missing):
+    lengths = [1, 2, 40, 3000, 7, 900]
+    end = np.cumsum(lengths)
+    first, last = (torch.from_numpy(np.repeat(bound, lengths)) for bound in (end - lengths, end - 1))
+    clean = torch.rand(end[-1], 17, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    got = data.detect(clean, first, last, 0.0, missing, torch.Generator().manual_seed(2))
+    seen, runs = (got == clean).all(-1).numpy(), []
+    for start, length in zip(end - lengths, lengths):
+        assert seen[start].all()
+        for j in range(17):
+            time = np.arange(start, start + length)
+            known = time[seen[time, j]]
+            for axis in (0, 1):
+                np.testing.assert_allclose(got[time, j, axis], np.interp(time, known, clean[known, j, axis]), atol=1e-12)
+            runs += [gap - 1 for gap in np.diff(known) if gap > 1]
+    assert 1 - seen.mean() == pytest.approx(missing, rel=0.1)
+    if missing == 0.02:  # gaps hardly overlap
+        assert np.mean(runs) == pytest.approx(10, rel=0.15) and min(runs) == 1 and np.quantile(runs, 0.95) <= 19
+        assert 15 < np.quantile(runs, 0.9)
+
+
+def test_data_extrinsics_of_every_loader_put_the_world_upright(miniature, bvh_folder, tmp_path):
+    write_objects(tmp_path / "data_3d_h36m.npz", positions_3d=miniature)
+    data.convert_bvh(bvh_folder, tmp_path, "mocap", "old")
+    for sequences in (data.load_h36m(tmp_path), data.load_mocap(tmp_path), data.synthesize(0, 1, ("walk",), frames=3)):
+        for s in sequences:
+            same = [data._upright(other) for other in sequences if (other.subject, other.action) == (s.subject, s.action)]
+            assert len(same) == 4 and all(np.abs(world - same[0]).max() < 1e-5 for world in same)
+            assert abs(same[0][:, 0].mean(0)).max() < 1e-5
+
+
+WILD = dict(cameras="random", noise=0.01, missing=0.1, normalise="longest", flips=True)
+
+
+@pytest.mark.parametrize("fields", [WILD, dict(WILD, method="glagcn", filter_widths=(3,), channels=4, batch=32)],
+                         ids=["gridconv", "glagcn"])
+def test_data_random_cameras_resume_exactly(run_folder, fields, monkeypatch):
+    test_training_is_reproducible_and_resumes_exactly(run_folder, fields, monkeypatch)
+    done, again = (train.train(tiny_recipe(**{**fields, "epochs": 1.1}), out=run_folder / "done", quiet=True) for _ in range(2))
+    assert done == again and done["data"].endswith("random cameras, noise 0.01, missing 0.1")
+
+
+def test_data_every_epoch_and_the_test_set_have_their_own_cameras(run_folder):
+    recipe = tiny_recipe(seed=3, **WILD)
+    stores = {split: evaluation.make_store(recipe, "", split, "cpu") for split in ("train", "test")}
+    run, drawn = train.Run(recipe, stores["train"], run_folder, torch.device("cpu")), []
+    for epoch in (0, 1, 0):
+        run.begin_epoch(epoch)
+        drawn.append(stores["train"].intrinsics[:, 0].clone())
+    assert torch.equal(drawn[0], drawn[2]) and not set(drawn[0].tolist()) & set(drawn[1].tolist())
+    tested = stores["test"].intrinsics[:, 0]
+    same = FrameStore(data.load_dataset(recipe, "", "test"), "longest", H17, cameras="random", noise=0.01, missing=0.1)
+    same.redraw(1)
+    assert torch.equal(same.input, stores["test"].input) and not set(tested.tolist()) & set(torch.cat(drawn).tolist())
+    for seed, epoch in ((0, 0), (1, 8), (2 ** 40, 10 ** 6 + 1)):  # every number that training may take is even
+        numbers = []
+        run.recipe, run.store = dataclasses.replace(recipe, seed=seed), SimpleNamespace(redraw=numbers.append)
+        run.begin_epoch(epoch)
+        assert numbers[0] % 2 == 0 and numbers[0] < 2 ** 63 and data.TEST_DRAW % 2 == 1
+
+
+@pytest.mark.parametrize("name", ["gridconv-wild", "glagcn-wild"])
+def test_data_wild_recipes_train_and_are_measured_through_test_cameras(run_folder, name, capsys):
+    recipe = dataclasses.replace(train.RECIPES[name], data="synthetic", epochs=0.002, hidden=4, channels=4)
+    assert recipe.cameras == "random" and recipe.normalise == "longest" and recipe.flips and recipe.noise and recipe.missing
+    train.train(recipe, out=run_folder, quiet=True)
+    path, figures = str(run_folder / "best.pt"), []
+    for options in ((), ("--noise", "0.01", "--missing", "0.1"), ("--noise", "0.05"), ("--noise", "0"), ("--cameras", "recorded")):
+        evaluation.main([path, "--device", "cpu", "--json", str(run_folder / "out.json"), *options])
+        figures.append(json.loads((run_folder / "out.json").read_text()))
+    assert figures[0]["mpjpe"] == figures[1]["mpjpe"] and len({f["mpjpe"] for f in figures}) == 4
+    assert figures[2]["data"].endswith("random cameras, noise 0.05, missing 0.1") and "noise 0.05" in capsys.readouterr().out
+    assert figures[4]["data"].endswith("recorded cameras, noise 0.01, missing 0.1")
+    for option, value in (("--noise", "2"), ("--missing", "1"), ("--noise", "nan"), ("--missing", "-0.1")):
+        with pytest.raises(InputError, match=option):
+            evaluation.main([path, "--device", "cpu", option, value])
+    for field, value in (("cameras", "moving"), ("noise", -1.0), ("missing", 0.95)):
+        with pytest.raises(InputError, match=field):
+            train.check_recipe(dataclasses.replace(recipe, **{field: value}))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # eval.py
 

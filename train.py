@@ -75,6 +75,9 @@ class Recipe:
     skip: str = ""  # test sequences left out: gridconv (facts of its release) or none
     weights: str = ""  # nothing is trained: the recipe whose weights are evaluated on this data
     normalise: str = "release-500"  # of the 2D: release-500, width or longest
+    cameras: str = "recorded"  # recorded, or random: every epoch each sequence through another camera
+    noise: float = 0.0  # of the 2D: standard deviation as a fraction of the person's size in the image
+    missing: float = 0.0  # fraction of the 2D that is lost in gaps and filled by interpolation in time
     target: str = "camera"  # camera: root-relative metres; uvd: pixel u, v and depth (the section-sign rows)
     # model
     method: str = "gridconv"  # gridconv, gridconv-temporal, glagcn, or a neighbour: fc (fully connected) or gcn
@@ -197,6 +200,10 @@ def _recipes():
                        lr=3e-3, batch=64, epochs=3.0, schedule="cosine-smooth", channels=32, head_scale=0.1,
                        filter_widths=(3,) * 3, ours="everything but the network")
     add("glagcn-mocap", "open mocap benchmark", base=small_gla)
+    # Any video: other cameras, noise and gaps every epoch, mirrored bodies; flips double an epoch, so half as many
+    wild = dict(normalise="longest", cameras="random", noise=0.01, missing=0.1, flips=True)
+    add("gridconv-wild", "lifting any video", base=small, **{**wild, "epochs": 6.0, "eval_every": 2})
+    add("glagcn-wild", "lifting any video", base=small_gla, **wild)
     tiny = dict(data="synthetic", batch=64, eval_every=2)
     grid = add("gridconv-synthetic", "embedded default", base=small, epochs=6.0, hidden=32, **tiny)
     add("gridconv-synthetic-learnable", "embedded default", base=grid, layout="autogrids", noise_epochs=0.6)
@@ -372,6 +379,7 @@ def check_recipe(recipe):
     """InputError where a field of the recipe cannot be meant, before anything is loaded or built."""
     words = {"method": evaluation.METHODS, "loss": ("mse", "grid", "mpjpe"), "precision": ("float32", "tf32", "bf16"),
              "target": ("camera", "uvd"), "skip": ("", "gridconv"), "optimizer": ("adam", "amsgrad", "ranger"),
+             "cameras": ("recorded", "random"),
              "skeleton": tuple(data.SKELETONS)}
     for name, known in words.items():
         if getattr(recipe, name) not in known:
@@ -380,7 +388,7 @@ def check_recipe(recipe):
               "micro_batch": (0, 1e9), "clip": (0, 1e9), "dropout": (0, 0.999), "temperature": (1e-9, 1e9), "hidden": (1, 1e6),
               "blocks": (0, 1e3), "channels": (1, 1e6), "reconstruct_blocks": (0, 1e3), "noise_epochs": (0, 1e9),
               "anneal_epochs": (0, 1e9), "stage_one_epochs": (0, 1e9), "grid_lr": (0, 1e9), "head_scale": (0, 1e9),
-              "layout_seed": (0, 2 ** 40)}
+              "layout_seed": (0, 2 ** 40), "noise": (0, 1), "missing": (0, 0.9)}
     for name, (least, most) in bounds.items():
         if not least <= getattr(recipe, name) <= most:
             raise InputError(f"{name}: {getattr(recipe, name)!r}, expected a number from {least:g} to {most:g}")
@@ -499,8 +507,9 @@ class Run:
             torch.cuda.set_rng_state(random_cuda, self.device)
 
     def begin_epoch(self, epoch):
-        """What changes between epochs: AutoGrids' noise, batch-norm momentum, the sequence head frozen for stage two."""
+        """What changes between epochs: random cameras, AutoGrids' noise, batch-norm momentum, stage two's frozen head."""
         recipe, model = self.recipe, self.model
+        self.store.redraw(2 * (recipe.seed * 100003 + epoch))  # even: test sets have an odd number
         if getattr(model, "autogrids", None) is not None:
             model.autogrids.noise = epoch < recipe.noise_epochs
         if recipe.norm_schedule:
