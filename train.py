@@ -9,8 +9,8 @@
     python train.py bench                                   # the fast forms against the plain ones, on this machine
 
 A run's folder holds last.pt (the whole state: continue by giving the same command again), best.pt (the weights of the
-epoch that was best on the test set), log.csv and result.json. Same recipe, seed and machine: same numbers, bit for
-bit on the CPU, interrupted or not.
+epoch that was best on the test set), log.csv and result.json, with matplotlib also curves.png. Same recipe, seed and
+machine: same numbers, bit for bit on the CPU, interrupted or not.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import csv
 import dataclasses
 import fcntl
 import functools
+import importlib.util
 import inspect
 import io
 import json
@@ -526,6 +527,8 @@ def train(recipe, folder="data", out=None, device=None, quiet=False):
                     saved, started = time.monotonic(), time.perf_counter()
         result = finish(run, stores)
     data.write_atomically(out / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
+    if importlib.util.find_spec("matplotlib") and not quiet:
+        evaluation.plot_curves(out)
     return result
 
 
@@ -918,6 +921,8 @@ def write_report(folder):
                       f"seed {r['seed']}, commit {r['commit'] or 'unknown'}, {r['device']}, torch {r['torch']}, Python "
                       f"{r['python']}, {r['parameters']:,} parameters, {r['epochs']:g} epochs"
                       + (f"; ours: {recipe.ours}" if recipe.ours else ""), evaluation.report(r["last"], r["data"], recipe)]
+            if path.with_name("curves.png").exists():
+                parts.append(f"![loss and MPJPE of {recipe.name}]({path.parent.name}/curves.png)")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not a result of train.py ({error}): remove it") from None
         results.append(r)
