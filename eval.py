@@ -654,10 +654,9 @@ def _read_array(path, arrays):
     fits = {key: a for key, a in arrays.items() if a.ndim == 3 and a.shape[2] in (2, 3) and a.dtype.kind in "fiu"}
     keypoints = fits.get("keypoints", next(iter(fits.values())) if len(fits) == 1 else None)
     if keypoints is None:
-        found = ", ".join(f"{key} {a.shape}" for key, a in arrays.items()) + " (scores only?)" * any(
-            a.ndim == 2 for a in arrays.values())
-        raise InputError(f"{path}: found {found or 'nothing'}; expected one array (frames, joints, 2 or 3), x, y and score, or one "
-                         "of several that is named keypoints")
+        found = ", ".join(f"{key} {a.shape}{' (scores only?)' * (a.ndim == 2)}" for key, a in arrays.items())
+        raise InputError(f"{path}: found {found or 'nothing'}; expected one array (frames, joints, 2 or 3) of x, y and score, or "
+                         "one named keypoints among others")
     return [Track("0", keypoints, list(range(len(keypoints))))]
 
 
@@ -670,7 +669,7 @@ def _read_videopose3d(path, arrays):
                       list(range(len(view))), sizes[video], joints)
                 for video, actions in videos.items() for action, views in actions.items() for i, view in enumerate(views)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not as VideoPose3D writes it ({error!r}); make it with its prepare_data_2d_custom.py") from None
+        raise InputError(f"{path}: not as VideoPose3D's prepare_data_2d_custom.py writes it ({error!r}); use that") from None
 
 
 def _detection(item):
@@ -712,8 +711,8 @@ def _read_json(path, _):
                     found[frame] = score, points
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise InputError(f"{path}: entry {number}: {reason}; expected a list of {{image_id, keypoints: [x, y, score, ...]}}, alone or "
-                         "as annotations or instance_info") from None
+        raise InputError(f"{path}: entry {number}: {reason}; expected a list of {{image_id, keypoints: [x, y, score, ...]}}, "
+                         "alone or as annotations or instance_info") from None
     if len(shapes) > 1 or len(sizes) > 1:
         raise InputError(f"{path}: {'keypoints' if len(shapes) > 1 else 'images'} of several sizes; give one video's file")
     frames = sorted({frame for found in people.values() for frame in found})
@@ -721,8 +720,8 @@ def _read_json(path, _):
     if frames and (frames[-1] - frames[0]) // step > 1000 + 10 * len(frames):
         raise InputError(f"{path}: {len(frames)} image_ids from {frames[0]} to {frames[-1]} do not number a video's frames")
     if crowded:
-        print(f"warning: {path}: {len(crowded)} frames have several people of one number, or of none; the best-scored of each frame "
-              "is taken: track them first to lift each", file=sys.stderr)
+        print(f"warning: {path}: {len(crowded)} frames have several people of one number, or of none; the best-scored of each "
+              "frame is taken: track them first to lift each", file=sys.stderr)
     tracks = []
     for person, found in people.items():
         span = range(min(found), max(found) + 1, step)
@@ -755,8 +754,8 @@ def _pixels(keypoints, joints=None, min_score=0.0):
     if points.ndim != 3 or points.shape[2] not in (2, 3) or not len(points):
         raise InputError(f"keypoints of shape {points.shape}: expected (frames, joints, 2 or 3), x, y and score in pixels")
     if not any(points.shape[1] in counts for name, counts in LAYOUTS.items() if joints in (None, name)):
-        raise InputError(f"{points.shape[1]} joints are no known layout: expected COCO's 17 (or 26, 133 or 136 that begin with them) "
-                         "or Human3.6M's 17")
+        raise InputError(f"{points.shape[1]} joints are no known layout: expected COCO's 17 (or 26, 133 or 136 that begin with "
+                         "them) or Human3.6M's 17")
     xy = points[:, :17, :2].copy()
     missing = ~np.isfinite(xy).all(2) | (xy == 0).all(2)                        # (0, 0): how files without scores say it
     if points.shape[2] == 3:
@@ -768,7 +767,7 @@ def _pixels(keypoints, joints=None, min_score=0.0):
         raise InputError(f"keypoints: none beyond {np.nanmax(np.abs(xy)):.2g}; expected pixels, not parts of the image's size")
     joints = joints or ("coco" if points.shape[1] > 17 else tell_joints(xy))
     if joints is None:
-        raise InputError("keypoints: not clear whether the 17 joints are COCO's or Human3.6M's; give --joints coco or --joints h36m")
+        raise InputError("keypoints: the 17 joints may be COCO's or Human3.6M's; give --joints coco or --joints h36m")
     return xy, joints
 
 
@@ -1072,8 +1071,8 @@ def evaluate_command(argv):
     print(f"{args.checkpoint}: {recipe.name}, {recipe.keypoints} 2D, {'with' if flip else 'without'} flip averaging\n")
     print(report(result, source, recipe, yardstick))
     if recipe.target == "camera" and torch.isfinite(store.intrinsics).all():
-        print("\nRoot's position from 2D, poses and focal length: off by {:.3f} m on average, with the true poses by {:.3f} m.".format(
-            *(root_error(pose, store) for pose in (poses, store.pose_3d.cpu()))))
+        off = [root_error(pose, store) for pose in (poses, store.pose_3d.cpu())]
+        print("\nRoot's position from 2D, poses and focal length: off by {:.3f} m on average, {:.3f} with true poses.".format(*off))
     if args.json:
         kept = {"checkpoint": str(args.checkpoint), "data": source, "flip": flip, "yardsticks": yardstick, **result,
                 "recipe": vars(recipe)}
@@ -1100,9 +1099,11 @@ def _lift_track(model, track, args):
         pose_2d = one_euro(pose_2d / (max(size) / 2), args.fps, args.smooth) * (max(size) / 2)
     poses, centre, focal = lift(model, pose_2d, size, "h36m", args.flip), np.array(size) / 2, args.focal or math.hypot(*size)
     gaps, outside = interpolated.all(1), (np.abs(pose_2d - centre) > 2 * centre).any(2).mean()
-    print(f"person {track.person}: {len(poses)} frames{', smoothed' * bool(args.smooth)}; interpolated: {gaps.sum()} whole frames, "
-          f"{interpolated[~gaps].sum()} single joints" + f"; root: focal length taken for the image's diagonal, {focal:.0f} pixels "
-          f"({2 * math.degrees(math.atan(centre[0] / focal)):.0f} degrees across)" * (not args.focal))
+    print(f"person {track.person}: {len(poses)} frames{', smoothed' * bool(args.smooth)}; interpolated: {gaps.sum()} whole "
+          f"frames, {interpolated[~gaps].sum()} single joints")
+    if not args.focal:
+        print(f"root: focal length taken for the image's diagonal, {focal:.0f} pixels, that is "
+              f"{2 * math.degrees(math.atan(centre[0] / focal)):.0f} degrees across; --focal where known")
     if outside:
         print(f"warning: person {track.person}: {outside:.0%} of the joints lie more than half an image outside {size[0]:g} x "
               f"{size[1]:g}; is the size right?", file=sys.stderr)
@@ -1157,7 +1158,8 @@ def lift_command(argv):
     result = {**{key: np.concatenate([row[key] for row in rows]) for key in longest}, "fps": np.array(args.fps), "joints":
               np.array(skeleton.joints), "edges": np.array(skeleton.edges), "source": np.array(
                   f"{args.keypoints} by {args.checkpoint} ({model.recipe.name})")}
-    text = lambda: json.dumps({key: (v.round(4) if v.dtype.kind == "f" else v).tolist() for key, v in result.items()})
+    plain = lambda v: (v.astype(float).round(4) if v.dtype.kind == "f" else v).tolist()
+    text = lambda: json.dumps({key: plain(value) for key, value in result.items()})
     data.write_atomically(args.out, lambda file: np.savez_compressed(file, **result) if args.out.lower().endswith(".npz") else
                           file.write(text().encode()))
     print(f"{len(result['poses'])} poses -> {args.out}")
