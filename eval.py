@@ -11,7 +11,6 @@
     poses = lift(model, read_keypoints("detections.json")[0].keypoints, (1920, 1080))
 """
 import argparse
-import csv
 import json
 import math
 import re
@@ -966,12 +965,12 @@ def plot_poses(path, pose_2d, poses, truth=None, fps=30.0, columns=6):
 
 def plot_curves(folder):
     """curves.png beside a run's log.csv: the training loss, and the test set's MPJPE and P-MPJPE, by epoch."""
-    rows, figure = list(csv.DictReader((Path(folder) / "log.csv").read_text().splitlines())), _figure(figsize=(8, 3), dpi=90)
+    log, figure = np.genfromtxt(Path(folder) / "log.csv", delimiter=",", names=True, ndmin=1), _figure(figsize=(8, 3), dpi=90)
     for ax, names, title in zip(figure.subplots(1, 2), (("loss",), ("mpjpe", "p_mpjpe")), ("training loss", "test set, mm")):
         for name in names:
-            points = [(int(row["epoch"]), float(row[name])) for row in rows if row[name]]
-            ax.plot(*zip(*points), marker="o", markersize=3, label=METRICS.get(name, name))
-        ax.set(xlabel="epoch", title=title, xlim=(0, None), ylim=(0, None))
+            scored = np.isfinite(log[name])
+            ax.plot(log["epoch"][scored], log[name][scored], marker="o", markersize=3, label=METRICS.get(name, name))
+        ax.set(xlabel="epoch", title=title, xlim=(0, 1.04 * log["epoch"][-1]), ylim=(0, 1.1 * np.nanmax([log[n] for n in names])))
         ax.grid(alpha=0.3)
         ax.legend()
     data.write_atomically(Path(folder) / "curves.png", lambda file: figure.savefig(file, format="png"))
@@ -1071,8 +1070,8 @@ def evaluate_command(argv):
     print(f"{args.checkpoint}: {recipe.name}, {recipe.keypoints} 2D, {'with' if flip else 'without'} flip averaging\n")
     print(report(result, source, recipe, yardstick))
     if recipe.target == "camera" and torch.isfinite(store.intrinsics).all():
-        off = [root_error(pose, store) for pose in (poses, store.pose_3d.cpu())]
-        print("\nRoot's position from 2D, poses and focal length: off by {:.3f} m on average, {:.3f} with true poses.".format(*off))
+        off, least = (root_error(pose, store) for pose in (poses, store.pose_3d.cpu()))
+        print(f"\nRoot's position from 2D, poses and focal length: off by {off:.3f} m on average, with true poses {least:.3f} m.")
     if args.json:
         kept = {"checkpoint": str(args.checkpoint), "data": source, "flip": flip, "yardsticks": yardstick, **result,
                 "recipe": vars(recipe)}
