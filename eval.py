@@ -695,7 +695,7 @@ def _read_json(path, _):
     people, shapes, number, crowded = {}, set(), 0, set()                       # people: {person: {frame: (score, points)}}
     try:
         places = {image["id"]: place for place, image in enumerate(about.get("images", ()))}
-        sizes = {(image["width"], image["height"]) for image in about.get("images", ())}
+        sizes = {(image["width"], image["height"]) for image in about.get("images", ()) if "width" in image}
         told = about.get("meta_info", {}).get("dataset_name")
         for number, entry in enumerate(about["annotations" if "annotations" in about else "instance_info"] if about else content):
             for item in entry.get("instances", [entry]):
@@ -982,7 +982,7 @@ def export(model, path):
     T, J, random = model.receptive_field, model.num_joints, torch.Generator().manual_seed(0)
     shape = (J, 2) if T == 1 else (T, J, 2)
     inputs = [torch.rand(batch, *shape, generator=random).to(next(model.parameters())) * 2 - 1 for batch in (2, 1, 5)]
-    program = torch.export.export(model, (inputs[0],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    program = torch.export.export(model.eval(), (inputs[0],), dynamic_shapes=({0: torch.export.Dim("batch")},))
     with torch.no_grad():
         worst = max((program.module()(x) - model(x)).abs().max().item() for x in inputs)
     if not worst < 1e-4:
