@@ -637,12 +637,15 @@ def _read_npy(file, size):
 
 
 def read_npz(path, remedy="check the path"):
-    """{key: array} of a NumPy archive. Pickled members are read without running code; see `_ADMITTED`.
+    """{key: array} of a NumPy archive, or of one .npy file. Pickles are read without running code; see `_ADMITTED`.
 
     Raises InputError where the file is missing, damaged, claims more data than it holds, or names anything else.
     """
     path = _existing(path, remedy)
     try:
+        if path.suffix.lower() == ".npy":
+            with open(path, "rb") as file:
+                return {path.stem: _read_npy(file, path.stat().st_size)}
         with zipfile.ZipFile(path) as archive:
             members = {}
             for info in archive.infolist():

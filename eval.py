@@ -3,17 +3,25 @@
     python eval.py CHECKPOINT --data DIR                     # the table of one model on one dataset
     python eval.py RELEASED.pth.tar --data DIR --padding circular,zeros
     python eval.py inspect CHECKPOINT                        # the grid a model works on, learnt or given
+    python eval.py lift CHECKPOINT --keypoints detections.json --size 1920 1080 --out poses.npz --plot poses.gif
+    python eval.py export CHECKPOINT --out model.pt2         # for use without this project
 
     model = load_model("results/gridconv.pt")
     result = evaluate(model, store)                          # result["mpjpe"], result["actions"]["Walking"]["p_mpjpe"]
+    poses = lift(model, read_keypoints("detections.json")[0].keypoints, (1920, 1080))
 """
 import argparse
 import json
 import math
 import re
 import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 import data
@@ -308,6 +316,12 @@ def load_model(path, **overrides):
 # --------------------------------------------------------------------------------------------------------------------
 # Predictions and scores over a frame store
 
+def _forward(model, pose, skeleton, flip):
+    """The model's output (B, J, 3) for its input; with `flip` the mean with the mirrored input's, mirrored back."""
+    prediction = model(pose)
+    return (prediction + data.flip(model(data.flip(pose, skeleton)), skeleton)) / 2 if flip else prediction
+
+
 @torch.no_grad()
 def predict(model, store, index=None, flip=False, batch=None):
     """Root-relative poses (n, J, 3) in metres, on the CPU, of the store's frames `index` (all of them by default).
@@ -323,11 +337,7 @@ def predict(model, store, index=None, flip=False, batch=None):
     for part in index.to(store.input.device).split(batch or max(1, min(4096, 32768 // frames))):
         pose, _ = store.batch(part, frames=frames, causal=causal)               # (B, J, 2) or (B, T, J, 2)
         pose = pose.to(weight)
-        prediction = model(pose)                                                # (B, J, 3)
-        if flip:
-            mirrored = model(data.flip(pose, store.skeleton))
-            prediction = (prediction + data.flip(mirrored, store.skeleton)) / 2
-        poses.append(store.to_camera(prediction.to(store.pose_3d), part))
+        poses.append(store.to_camera(_forward(model, pose, store.skeleton, flip).to(store.pose_3d), part))
     for module, mode in modes:
         module.training = mode
     return torch.cat(poses).cpu()
@@ -803,6 +813,402 @@ def cells_changed(model):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# A user's own keypoints: what detectors write, read and made whole
+
+@dataclass
+class Track:
+    """One person's 2D keypoints: keypoints (T, J, 2|3), pixels and score, NaN where nothing was detected; frames, their T
+    numbers; size (width, height) and joints ("coco" or "h36m") where the file says them."""
+    person: str
+    keypoints: np.ndarray
+    frames: list
+    size: tuple | None = None
+    joints: str | None = None
+
+
+def coco_to_h36m(p):
+    """COCO-17 (17, C) to Human3.6M-17 (17, C); every joint is a weighted mean, so no direction in the image is special.
+
+    Pelvis: mid hips; spine: halfway to mid shoulders; thorax and neck/nose by the rule of GAST-Net's and MHFormer's demos:
+    mid shoulders moved a third of the way to the nose, the nose a quarter of the way back. The head is ours: the mean of eyes
+    and ears, moved on by the step from the nose to mid eyes (theirs does that in y alone).
+    """
+    nose, eyes, ears, shoulders, hips = p[0], p[1:3].mean(0), p[3:5].mean(0), p[5:7].mean(0), p[11:13].mean(0)
+    trunk = ((hips + shoulders) / 2, shoulders + (nose - shoulders) / 3, nose + (shoulders - nose) / 4,
+             (eyes + ears) / 2 + eyes - nose)
+    return np.stack((hips, *p[[12, 14, 16, 11, 13, 15]], *trunk, *p[[5, 7, 9, 6, 8, 10]]))
+
+
+LAYOUTS = {"coco": (17, 26, 133, 136), "h36m": (17,)}  # Halpe's 26 and 136, COCO-WholeBody's 133 begin with COCO's 17
+TO_H36M = {"coco": coco_to_h36m(np.eye(17)), "h36m": np.eye(17)}                # (17, 17): TO_H36M[joints] @ points
+
+
+def read_keypoints(path):
+    """The people in a file of 2D keypoints, as Tracks.
+
+    .json: COCO results, a list of {image_id, keypoints [x, y, score, ...], score} (Detectron2, MMPose, AlphaPose), with a
+    person's number (track_id, idx, person_id or instance_id) or without; a COCO dictionary with "annotations" and "images",
+    in its images' order; MMPose's predictions ("instance_info"). image_id counts frames (a file name's last number); those
+    left out are gaps. Of several detections with one number, or none, the best-scored of each frame is taken.
+    .npz: VideoPose3D's data_2d_custom_*.npz, a Track for each video. .npy, .npz: an array (T, J, 2|3).
+    InputError: another kind of file, a broken one and where, nobody in it, entries without coordinates.
+    """
+    kind = Path(path).suffix.lower()
+    if kind not in (".json", ".npz", ".npy"):
+        raise InputError(f"{path}: keypoints are read from .json, .npz and .npy files, not from {kind or 'this'}")
+    arrays = {} if kind == ".json" else data.read_npz(path)
+    read = _read_json if kind == ".json" else _read_videopose3d if "positions_2d" in arrays else _read_array
+    tracks = [track for track in read(path, arrays) if len(track.keypoints)]
+    if not tracks:
+        raise InputError(f"{path}: no person in it; run the detector again, with a lower threshold")
+    return tracks
+
+
+def _read_array(path, arrays):
+    fits = {key: a for key, a in arrays.items() if a.ndim == 3 and a.shape[2] in (2, 3) and a.dtype.kind in "fiu"}
+    keypoints = fits.get("keypoints", next(iter(fits.values())) if len(fits) == 1 else None)
+    if keypoints is None:
+        found = ", ".join(f"{key} {a.shape}{' (scores only?)' * (a.ndim == 2)}" for key, a in arrays.items())
+        raise InputError(f"{path}: found {found or 'nothing'}; expected one array (frames, joints, 2 or 3) of x, y and score, or "
+                         "one named keypoints among others")
+    return [Track("0", keypoints, list(range(len(keypoints))))]
+
+
+def _read_videopose3d(path, arrays):
+    try:
+        videos, about = (arrays[key].item() for key in ("positions_2d", "metadata"))
+        sizes = {video: (place["w"], place["h"]) for video, place in about["video_metadata"].items()}
+        joints = about["layout_name"] if about.get("layout_name") in LAYOUTS else None
+        return [Track(str(video) if len(actions) == len(views) == 1 else f"{video} {action} {i}", np.asarray(view, float),
+                      list(range(len(view))), sizes[video], joints)
+                for video, actions in videos.items() for action, views in actions.items() for i, view in enumerate(views)]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not as VideoPose3D's prepare_data_2d_custom.py writes it ({error!r}); use that") from None
+
+
+def _detection(item):
+    """(person's number or None, score, points (J, 3)) of one entry of a detector's JSON; ValueError where it has none."""
+    if "keypoints" not in item:
+        raise ValueError(f"no keypoints, only {', '.join(item) or 'nothing'}")
+    points = np.array(item["keypoints"], float)
+    if points.ndim == 1 and len(points) % 3:
+        raise ValueError(f"{len(points)} numbers, not x, y and score of each joint")
+    points = points.reshape(-1, 3) if points.ndim == 1 else points
+    if points.shape[1] == 2:                                                    # MMPose: pairs, their scores beside them
+        points = np.column_stack((points, np.array(item.get("keypoint_scores", np.ones(len(points))), float)))
+    person = next((item[k] for k in ("track_id", "idx", "person_id", "instance_id") if item.get(k) is not None), None)
+    person = person if person is None or isinstance(person, str) else f"{float(np.ravel(person)[0]):g}"
+    return person, float(item.get("score", np.mean(points[:, 2]))), points
+
+
+def _read_json(path, _):
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {error}; write it again") from None
+    about = content if isinstance(content, dict) else {}
+    people, shapes, number, crowded = {}, set(), 0, set()                       # people: {person: {frame: (score, points)}}
+    try:
+        places = {image["id"]: place for place, image in enumerate(about.get("images", ()))}
+        sizes = {(image["width"], image["height"]) for image in about.get("images", ()) if "width" in image}
+        told = about.get("meta_info", {}).get("dataset_name")
+        for number, entry in enumerate(about["annotations" if "annotations" in about else "instance_info"] if about else content):
+            for item in entry.get("instances", [entry]):
+                image = item.get("image_id", entry.get("frame_id", 0))
+                frame = places[image] if places else int(
+                    re.findall(r"\d+", Path(image).stem)[-1] if isinstance(image, str) else image)
+                person, score, points = _detection(item)
+                found = people.setdefault(person, {})
+                shapes.add(points.shape)
+                crowded |= {frame} & found.keys()
+                if frame not in found or score > found[frame][0]:
+                    found[frame] = score, points
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise InputError(f"{path}: entry {number}: {reason}; expected a list of {{image_id, keypoints: [x, y, score, ...]}}, "
+                         "alone or as annotations or instance_info") from None
+    if len(shapes) > 1 or len(sizes) > 1:
+        raise InputError(f"{path}: {'keypoints' if len(shapes) > 1 else 'images'} of several sizes; give one video's file")
+    frames = sorted({frame for found in people.values() for frame in found})
+    step = 1 if places else math.gcd(*np.diff(frames).tolist()) or 1            # every second frame, say
+    if frames and (frames[-1] - frames[0]) // step > 1000 + 10 * len(frames):
+        raise InputError(f"{path}: {len(frames)} image_ids from {frames[0]} to {frames[-1]} do not number a video's frames")
+    if crowded:
+        print(f"warning: {path}: {len(crowded)} frames have several people of one number, or of none; the best-scored of each "
+              "frame is taken: track them first to lift each", file=sys.stderr)
+    tracks = []
+    for person, found in people.items():
+        span = range(min(found), max(found) + 1, step)
+        keypoints = np.full((len(span), *next(iter(shapes))), np.nan)
+        for frame, (_, points) in found.items():
+            keypoints[span.index(frame)] = points
+        tracks.append(Track(person or ("untracked" if len(people) > 1 else "0"), keypoints,
+                            [list(places)[frame] for frame in span] if places else list(span), next(iter(sizes), None),
+                            told if told in LAYOUTS else tell_joints(keypoints) or "coco"))
+    return tracks
+
+
+def tell_joints(keypoints):
+    """"coco" or "h36m" for keypoints (T, 17, 2|3), None where it is not clear.
+
+    Joints 0 to 4 are COCO's face, but Human3.6M's pelvis, right leg and left hip. The diagonal of their box against the
+    body's, median over the frames with every joint: in the open benchmark's and synthetic clips 0.2 m, a face, make 0.17 at
+    most, the leg 0.40 at least. Here COCO is below 0.25, Human3.6M above 0.35.
+    """
+    xy = np.asarray(keypoints, float)[..., :2]
+    xy = xy[np.isfinite(xy).all((1, 2)) & (xy != 0).any(2).all(1)] if xy.shape[1] == 17 else xy[:0]
+    diagonal = lambda points: np.linalg.norm(np.ptp(points, 1), axis=-1)
+    part = np.median(diagonal(xy[:, :5]) / np.maximum(diagonal(xy), 1e-9)) if len(xy) else 0.3
+    return "coco" if part < 0.25 else "h36m" if part > 0.35 else None
+
+
+def _pixels(keypoints, joints=None, min_score=0.0):
+    """Keypoints (T, J, 2|3) as (xy (T, 17, 2), NaN where missing, "coco" or "h36m"); see `prepare`."""
+    points = np.asarray(keypoints, float)
+    if points.ndim != 3 or points.shape[2] not in (2, 3) or not len(points):
+        raise InputError(f"keypoints of shape {points.shape}: expected (frames, joints, 2 or 3), x, y and score in pixels")
+    if not any(points.shape[1] in counts for name, counts in LAYOUTS.items() if joints in (None, name)):
+        raise InputError(f"{points.shape[1]} joints are no known layout: expected COCO's 17 (or 26, 133 or 136 that begin with "
+                         "them) or Human3.6M's 17")
+    xy = points[:, :17, :2].copy()
+    missing = ~np.isfinite(xy).all(2) | (xy == 0).all(2)                        # (0, 0): how files without scores say it
+    if points.shape[2] == 3:
+        missing |= ~(points[:, :17, 2] > min_score)
+    xy[missing] = np.nan
+    if missing.all():
+        raise InputError(f"keypoints: no joint has a score above {min_score:g} in any frame")
+    if np.nanmax(np.abs(xy)) <= 2:
+        raise InputError(f"keypoints: none beyond {np.nanmax(np.abs(xy)):.2g}; expected pixels, not parts of the image's size")
+    joints = joints or ("coco" if points.shape[1] > 17 else tell_joints(xy))
+    if joints is None:
+        raise InputError("keypoints: the 17 joints may be COCO's or Human3.6M's; give --joints coco or --joints h36m")
+    return xy, joints
+
+
+def _fill(xy, joints):
+    """xy (T, 17, 2) with NaN replaced: linear in time between a joint's positions, the first and last held beyond them."""
+    xy, time, seen = xy.copy(), np.arange(len(xy)), np.isfinite(xy[..., 0])     # seen (T, 17)
+    for joint, channel in np.ndindex(17, 2):
+        if seen[:, joint].any():
+            xy[:, joint, channel] = np.interp(time, time[seen[:, joint]], xy[seen[:, joint], joint, channel])
+    never = ~seen.any(0)
+    if joints == "coco" and not never[:5].all():                                # one part of the face is enough
+        xy[:, :5][:, never[:5]] = xy[:, :5][:, ~never[:5]].mean(1, keepdims=True)
+        never[:5] = False
+    if never.any():
+        names = [name for name, absent in zip(data.SKELETONS[joints + "17"].joints, never) if absent]
+        raise InputError(f"keypoints: {', '.join(names)} never detected; the model needs the whole body")
+    return xy
+
+
+def prepare(keypoints, joints=None, min_score=0.0):
+    """A person's keypoints (T, J, 2|3), pixels and score, as models take them: (pose_2d (T, 17, 2) pixels, Human3.6M's joints,
+    interpolated (T, 17) bool).
+
+    `joints`: "coco" or "h36m", by default told apart (`tell_joints`). A joint that is NaN, at (0, 0) or not above `min_score`
+    is missing and interpolated in time; a Human3.6M joint counts as interpolated if any COCO joint that it is made of was.
+    InputError: another shape, layout or unit, a joint that no frame has.
+    """
+    xy, joints = _pixels(keypoints, joints, min_score)
+    return TO_H36M[joints] @ _fill(xy, joints), np.isnan(xy[..., 0]) @ (TO_H36M[joints] != 0).T
+
+
+def one_euro(x, fps, cutoff=2.0, beta=10.0):
+    """The One-Euro filter (Casiez et al. 2012) of x (T, ...): exponential smoothing over past frames whose cutoff frequency,
+    `cutoff` + `beta` |dx/dt| in Hz, rises with the speed, which is itself smoothed at 1 Hz.
+
+    GridConv's authors smooth 2D with it (OSVAI/GridConv, issue 2) but name no constants. Ours are for half image sides: with
+    noise of 0.01 on the open benchmark's test clips they take 60 % off its frame-to-frame error, 20 % off its own.
+    """
+    weight = lambda hertz: 1 / (1 + fps / (2 * np.pi * hertz))
+    value, speed, out = x[0], np.zeros_like(x[0]), np.empty_like(x)
+    for t in range(len(x)):
+        speed = speed + weight(1.0) * ((x[t] - value) * fps - speed)
+        value = out[t] = value + weight(cutoff + beta * np.abs(speed)) * (x[t] - value)
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Lifting a video
+
+def _rule(model, size):
+    """The model's 2D normalisation for images of that size; InputError for a size or a model that cannot be used.
+
+    `release-500` is for Human3.6M's 1000 x 1000: about the centre, in half sides. For other sizes that is `longest`.
+    """
+    recipe = model.recipe
+    if recipe.skeleton != "h36m17" or recipe.target != "camera":
+        raise InputError(f"the checkpoint was trained on {recipe.skeleton} joints with the target {recipe.target}; a video's "
+                         "keypoints need one trained on h36m17 joints with the target camera")
+    if len(size) != 2 or not all(0 < side < math.inf for side in size):
+        raise InputError(f"size {' x '.join(f'{side:g}' for side in size)}: expected width and height in pixels, above 0")
+    return "longest" if recipe.normalise == "release-500" and not all(999 < side < 1003 for side in size) else recipe.normalise
+
+
+def lift(model, keypoints, size, joints=None, flip=None):
+    """3D poses (T, 17, 3), float32 metres, root-relative, in the camera frame (x right, y down, z away), of a person's 2D
+    keypoints (T, J, 2|3) in pixels of a video of `size` (width, height); gaps and joints as in `prepare`.
+
+        model = load_model("results/gridconv-mocap/best.pt")
+        track = read_keypoints("detections.json")[0]
+        poses = lift(model, track.keypoints, (1920, 1080))
+
+    `flip` averages with the mirrored input's poses, by default as the model's recipe does. InputError: what `prepare`
+    refuses, an impossible size, a model of other joints or with a target that needs the true root.
+    """
+    rule, (pose_2d, _) = _rule(model, size), prepare(keypoints, joints)
+    unknown = np.zeros((*pose_2d.shape[:2], 3), np.float32)
+    sequence = data.Sequence("", "", "", pose_2d.astype(np.float32), unknown, unknown[:, 0], data.UNKNOWN_INTRINSICS, size, 0.0)
+    store = data.FrameStore([sequence], rule, data.SKELETONS["h36m17"], next(model.parameters()).device)
+    return predict(model, store, flip=model.recipe.flip_test if flip is None else flip).numpy()
+
+
+class Lifter:
+    """Lifts frame by frame: lifter(keypoints (J, 2|3)) gives the pose (17, 3) of the frame `delay` frames before, None for the
+    first `delay`; flush() ends the video with the poses (n, 17, 3) still owed. Together they are `lift`'s.
+
+    `delay` is half the model's window, 0 for causal and single-frame models. A missing joint stays where it was last, as
+    what comes next is not known. Arguments and errors as `lift`.
+    """
+
+    def __init__(self, model, size, joints=None, flip=None):
+        self.model, self.size, self.joints, self.rule = model.eval(), size, joints, _rule(model, size)
+        self.flip, T = model.recipe.flip_test if flip is None else flip, model.receptive_field
+        self.delay = 0 if getattr(model, "causal", False) else T // 2
+        self.window, self.count, self.last = deque(maxlen=T), 0, np.empty((0, 17, 2))
+
+    def __call__(self, keypoints):
+        xy, self.joints = _pixels(np.asarray(keypoints)[None], self.joints)
+        self.last = _fill(np.concatenate((self.last, xy)), self.joints)[-1:]
+        return self._push(data.normalise(TO_H36M[self.joints] @ self.last[0], self.size, self.rule))
+
+    @torch.no_grad()
+    def _push(self, frame):
+        self.window.extend([frame] * (1 if self.window else self.window.maxlen))  # before the first frame, the first
+        self.count += 1
+        if self.count <= self.delay:
+            return None
+        pose = torch.as_tensor(np.stack(self.window)).to(next(self.model.parameters()))  # (T, 17, 2)
+        return _forward(self.model, pose if len(pose) == 1 else pose[None], data.SKELETONS["h36m17"], self.flip)[0].cpu().numpy()
+
+    def flush(self):
+        poses = [self._push(self.window[-1]) for _ in range(self.delay if self.count else 0)]
+        self.window.clear()
+        self.count, self.last = 0, self.last[:0]
+        return np.reshape([pose for pose in poses if pose is not None], (-1, 17, 3))
+
+
+def root_trajectory(pose_2d, poses, focal, centre):
+    """The root's position (T, 3) in the camera frame, metres, from 2D (T, J, 2) in pixels and root-relative 3D (T, J, 3) in
+    metres, for a pinhole camera of that focal length and centre in pixels.
+
+    Closed form. With the ray (a, b) = (pixel - centre) / focal, each joint (x, y, z) asks for X - a Z = a z - x and
+    Y - b Z = b z - y: linear in the root (X, Y, Z), least squares over the joints of a frame.
+    """
+    ray = (pose_2d - centre) / focal                                            # (T, J, 2)
+    offset = ray * poses[..., 2:] - poses[..., :2]
+    r, o = (array - array.mean(1, keepdims=True) for array in (ray, offset))
+    depth = -(r * o).sum((1, 2)) / np.maximum((r * r).sum((1, 2)), 1e-12)
+    return np.concatenate((offset.mean(1) + ray.mean(1) * depth[:, None], depth[:, None]), 1)
+
+
+def root_error(poses, store):
+    """Mean distance in metres between a store's true roots and `root_trajectory` of poses (N, J, 3) with the store's 2D and
+    cameras, their lens distortion ignored."""
+    bounds = np.cumsum([0, *(len(s.pose_2d) for s in store.sequences)])
+    roots = [root_trajectory(s.pose_2d, poses[first:last].double().numpy(), s.intrinsics[:2], s.intrinsics[2:4])
+             for s, first, last in zip(store.sequences, bounds, bounds[1:])]
+    return np.linalg.norm(np.concatenate(roots) - store.root.cpu().numpy(), axis=1).mean()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pictures, which need matplotlib, and export
+
+def _figure(**options):
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("pictures need matplotlib: pip install matplotlib") from None
+    return FigureCanvasAgg(Figure(layout="constrained", **options)).figure      # no display and no global state
+
+
+def plot_poses(path, pose_2d, poses, truth=None, fps=30.0, columns=6):
+    """A picture of 2D poses (T, 17, 2) beside their 3D poses (T, 17, 3), root-relative, from the camera and from its right:
+    `columns` frames evenly spread (.png), or an animation (.gif). Left limbs are blue, right ones orange, the ground truth
+    (T, 17, 3) dashed; equal axes about the root, one scale for all frames."""
+    moving, skeleton = Path(path).suffix.lower() == ".gif", data.SKELETONS["h36m17"]
+    step = max(math.ceil(fps / 12.5), math.ceil(len(poses) / 300))              # 12.5 pictures a second, 300 at most
+    shown = np.arange(0, len(poses), step) if moving else np.unique(np.linspace(0, len(poses) - 1, columns).round().astype(int))
+    views = [("2D input", pose_2d - pose_2d[:, :1], None)] + [
+        (f"3D, from {side}", poses[..., axes], None if truth is None else truth[..., axes])
+        for side, axes in (("the camera", [0, 1]), ("its right", [2, 1]))]
+    figure = _figure(figsize=(7.2, 2.7) if moving else (1.5 * len(shown), 4.7), dpi=100)
+    axes = figure.subplots(*((1, 3) if moving else (3, len(shown))), squeeze=False)
+    axes = axes.T if moving else axes                                           # (views, columns)
+    for row, (title, points, _) in zip(axes, views):
+        reach = 1.08 * np.abs(points[shown]).max()
+        for ax in row:
+            ax.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal", xticks=[], yticks=[])
+        row[0].set_xlabel(title, fontsize=8) if moving else row[0].set_ylabel(title, fontsize=8)
+
+    def draw(column, t):
+        column[0].set_title(f"frame {t}", fontsize=8)
+        for ax, (_, points, true) in zip(column, views):
+            for line in list(ax.lines):
+                line.remove()
+            for parent, child in skeleton.edges:
+                colour = "tab:blue" if child in skeleton.left else "tab:orange" if child in skeleton.right else "0.25"
+                ax.plot(*points[t, [parent, child]].T, color=colour, linewidth=1.8, solid_capstyle="round")
+                if true is not None:
+                    ax.plot(*true[t, [parent, child]].T, color="0.5", linewidth=0.9, linestyle="--")
+
+    if not moving:
+        for column, t in zip(axes.T, shown):
+            draw(column, t)
+        return data.write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    from PIL import Image                                                       # matplotlib brings it
+    images = []
+    for t in shown:
+        draw(axes[:, 0], t)
+        figure.canvas.draw()
+        figure.set_layout_engine("none")                                       # laid out once
+        images.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()).quantize(32))
+    data.write_atomically(path, lambda file: images[0].save(
+        file, "GIF", save_all=True, append_images=images[1:], duration=1000 * step / fps, loop=0))
+
+
+def plot_curves(folder):
+    """curves.png beside a run's log.csv: the training loss, and the test set's MPJPE and P-MPJPE, by epoch."""
+    log, figure = np.genfromtxt(Path(folder) / "log.csv", delimiter=",", names=True, ndmin=1), _figure(figsize=(8, 3), dpi=90)
+    for ax, names, title in zip(figure.subplots(1, 2), (("loss",), ("mpjpe", "p_mpjpe")), ("training loss", "test set, mm")):
+        for name in names:
+            scored = np.isfinite(log[name])
+            ax.plot(log["epoch"][scored], log[name][scored], marker="o", markersize=3, label=METRICS.get(name, name))
+        ax.set(xlabel="epoch", title=title, xlim=(0, 1.04 * log["epoch"][-1]), ylim=(0, 1.1 * np.nanmax([log[n] for n in names])))
+        ax.grid(alpha=0.3)
+        ax.legend()
+    data.write_atomically(Path(folder) / "curves.png", lambda file: figure.savefig(file, format="png"))
+
+
+def export(model, path):
+    """Writes the model through torch.export, for any batch size; returns the largest difference from itself on random input.
+    The file's poselift.json says the input's shape, its joints and its normalisation. InputError where they differ."""
+    T, J, random = model.receptive_field, model.num_joints, torch.Generator().manual_seed(0)
+    shape = (J, 2) if T == 1 else (T, J, 2)
+    inputs = [torch.rand(batch, *shape, generator=random).to(next(model.parameters())) * 2 - 1 for batch in (2, 1, 5)]
+    program = torch.export.export(model.eval(), (inputs[0],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    with torch.no_grad():
+        worst = max((program.module()(x) - model(x)).abs().max().item() for x in inputs)
+    if not worst < 1e-4:
+        raise InputError(f"{path}: not written: the exported model differs from the original by {worst:.2g}")
+    about = {"input": ["batch", *shape], "normalise": model.recipe.normalise, "target": model.recipe.target,
+             "causal": getattr(model, "causal", False), "joints": data.SKELETONS[model.recipe.skeleton].joints}
+    data.write_atomically(path, lambda file: torch.export.save(program, file, extra_files={"poselift.json": json.dumps(about)}))
+    return worst
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Command line
 
 def numbers(text):
@@ -880,7 +1286,8 @@ def evaluate_command(argv):
     flip = recipe.flip_test if args.flip is None else args.flip
     store = load_store(model, args.data, "test", device)
     source = data.provenance(store.sequences)
-    result = evaluate(model, store, flip=flip)
+    poses = predict(model, store, flip=flip)
+    result = score(poses, store)
     try:
         yardstick = yardsticks(load_store(model, args.data, "train", device), store)
     except (InputError, OSError) as error:                                      # training data need not be at hand
@@ -888,6 +1295,9 @@ def evaluate_command(argv):
         print(f"no yardsticks: {error}", file=sys.stderr)
     print(f"{args.checkpoint}: {recipe.name}, {recipe.keypoints} 2D, {'with' if flip else 'without'} flip averaging\n")
     print(report(result, source, recipe, yardstick))
+    if recipe.target == "camera" and torch.isfinite(store.intrinsics).all():
+        off, least = (root_error(pose, store) for pose in (poses, store.pose_3d.cpu()))
+        print(f"\nRoot's position from 2D, poses and focal length: off by {off:.3f} m on average, with true poses {least:.3f} m.")
     if args.json:
         kept = {"checkpoint": str(args.checkpoint), "data": source, "flip": flip, "yardsticks": yardstick, **result,
                 "recipe": vars(recipe)}
@@ -909,7 +1319,121 @@ def inspect_command(argv):
         draw_inside(model, poses, args.plot)
 
 
-COMMANDS = {"inspect": inspect_command}
+def _lift_track(model, track, args):
+    """The rows of the output for one person; prints what was done."""
+    size = tuple(args.size or track.size or ())
+    if not size:
+        raise InputError("the file does not say the image's size: give --size WIDTH HEIGHT")
+    if len(track.keypoints) == 1 and model.receptive_field > 1:
+        raise InputError(f"one frame, where the model looks at {model.receptive_field}; for single images take a GridConv model")
+    pose_2d, interpolated = prepare(track.keypoints, args.joints or track.joints, args.min_score)
+    if args.smooth:
+        pose_2d = one_euro(pose_2d / (max(size) / 2), args.fps, args.smooth) * (max(size) / 2)
+    poses, centre, focal = lift(model, pose_2d, size, "h36m", args.flip), np.array(size) / 2, args.focal or math.hypot(*size)
+    gaps, outside = interpolated.all(1), (np.abs(pose_2d - centre) > 2 * centre).any(2).mean()
+    print(f"person {track.person}: {len(poses)} frames{', smoothed' * bool(args.smooth)}; interpolated: {gaps.sum()} whole "
+          f"frames, {interpolated[~gaps].sum()} single joints")
+    if not args.focal:
+        print(f"root: focal length taken for the image's diagonal, {focal:.0f} pixels, that is "
+              f"{2 * math.degrees(math.atan(centre[0] / focal)):.0f} degrees across; --focal where known")
+    if outside:
+        print(f"warning: person {track.person}: {outside:.0%} of the joints lie more than half an image outside {size[0]:g} x "
+              f"{size[1]:g}; is the size right?", file=sys.stderr)
+    column = lambda value: np.array([value] * len(poses))
+    return dict(poses=poses, root=root_trajectory(pose_2d, poses, focal, centre).astype(np.float32), interpolated=interpolated,
+                keypoints=pose_2d.astype(np.float32), frames=np.array(track.frames), person=column(track.person),
+                size=column(size), focal=column(focal))
+
+
+def lift_command(argv):
+    """python eval.py lift CHECKPOINT --keypoints FILE --size W H --out poses.npz: a video's own 2D keypoints to 3D poses."""
+    parser = Parser(prog="eval.py lift", description=lift_command.__doc__)
+    add = parser.add_argument
+    _checkpoint_options(parser)
+    add("--keypoints", required=True, metavar="FILE", help="COCO results (.json), VideoPose3D's data_2d_custom (.npz), an array")
+    add("--size", nargs=2, type=float, metavar=("W", "H"), help="the video's width and height, where the file does not say")
+    add("--joints", choices=LAYOUTS, help="the keypoints' joints (default: told apart)")
+    add("--person", help="lift this one alone (default: everyone, each on their own)")
+    add("--min-score", type=float, default=0.0, metavar="S", help="joints not above it are interpolated (default: 0)")
+    add("--smooth", type=float, nargs="?", const=2.0, metavar="HZ", help="One-Euro filter on the 2D; lowest cutoff (default: 2)")
+    add("--fps", type=float, default=30.0, help="of the video, for smoothing and animations (default: 30)")
+    add("--focal", type=float, metavar="PIXELS", help="focal length, for the root's position (default: the image's diagonal)")
+    add("--flip", action=argparse.BooleanOptionalAction, help="average with the mirrored input's")
+    add("--out", default="poses.npz", metavar="FILE", help=".npz or .json (default: poses.npz)")
+    add("--plot", nargs="+", default=[], metavar="FILE", help=".png: a strip of frames; .gif: an animation; of the longest track")
+    add("--truth", metavar="FILE", help="array (T, 17, 3), root-relative metres, to draw dashed and to compare with")
+    add("--benchmark", action="store_true", help="measure frames per second")
+    add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    args = parser.parse_args(argv)
+    for name, paths, kinds in (("out", [args.out], (".npz", ".json")), ("plot", args.plot, (".png", ".gif"))):
+        for path in paths:
+            if Path(path).suffix.lower() not in kinds:
+                raise InputError(f"--{name} {path}: expected a name ending in {' or '.join(kinds)}")
+    for name in ("fps", "focal", "smooth"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            raise InputError(f"--{name} {getattr(args, name):g}: must be a number above 0")
+    model = _load(args).to(pick_device(args.device))
+    _rule(model, args.size or (1, 1))
+    everyone, rows = read_keypoints(args.keypoints), []
+    tracks = [track for track in everyone if args.person in (None, track.person)]
+    if not tracks:
+        known = ", ".join(track.person for track in everyone[:20])
+        raise InputError(f"--person {args.person}: not in {args.keypoints}; it has {known}")
+    for track in tracks:
+        try:
+            rows.append(_lift_track(model, track, args))
+        except InputError as error:                                             # one bad track does not cost the others
+            if track is tracks[-1] and not rows:
+                raise InputError(f"{args.keypoints}: person {track.person}: {error}") from None
+            print(f"warning: person {track.person} left out: {error}", file=sys.stderr)
+    skeleton, longest = data.SKELETONS["h36m17"], max(rows, key=lambda row: len(row["poses"]))
+    result = {**{key: np.concatenate([row[key] for row in rows]) for key in longest}, "fps": np.array(args.fps), "joints":
+              np.array(skeleton.joints), "edges": np.array(skeleton.edges), "source": np.array(
+                  f"{args.keypoints} by {args.checkpoint} ({model.recipe.name})")}
+    plain = lambda v: (v.astype(float).round(4) if v.dtype.kind == "f" else v).tolist()
+    text = lambda: json.dumps({key: plain(value) for key, value in result.items()})
+    data.write_atomically(args.out, lambda file: np.savez_compressed(file, **result) if args.out.lower().endswith(".npz") else
+                          file.write(text().encode()))
+    print(f"{len(result['poses'])} poses -> {args.out}")
+    truth = None
+    if args.truth:
+        truth = next(iter(data.read_npz(args.truth).values()))
+        if truth.shape != longest["poses"].shape:
+            raise InputError(f"{args.truth}: poses {truth.shape}, lifted were {longest['poses'].shape}")
+        errors = [metric(torch.tensor(longest["poses"]), torch.tensor(truth)) for metric in (mpjpe, p_mpjpe)]
+        print("against {}: MPJPE {:.1f} mm, P-MPJPE {:.1f} mm".format(args.truth, *errors))
+    for path in args.plot:
+        plot_poses(path, longest["keypoints"], longest["poses"], truth, args.fps)
+        print(f"person {longest['person'][0]} -> {path}")
+    if args.benchmark:
+        print(speed(model, longest["keypoints"], tuple(longest["size"][0]), args.flip))
+
+
+def speed(model, pose_2d, size, flip=None):
+    """A line that says how many frames a second `lift` and a Lifter take of 2D poses (T, 17, 2), on this machine."""
+    lifter, pose_2d, rates = Lifter(model, size, "h36m", flip), np.resize(pose_2d, (300, 17, 2)), []
+    for run in (lambda: lift(model, pose_2d, size, "h36m", flip), lambda: [lifter(frame) for frame in pose_2d]):
+        run()
+        started = time.perf_counter()
+        run()
+        rates.append(len(pose_2d) / (time.perf_counter() - started))
+    return (f"frames a second: {rates[0]:.0f} as a whole, {rates[1]:.0f} one by one with a delay of {lifter.delay} frames; "
+            f"{next(model.parameters()).device.type}, {torch.get_num_threads()} threads")
+
+
+def export_command(argv):
+    """python eval.py export CHECKPOINT --out model.pt2: a model for use without this project (torch.export, any batch size)."""
+    parser = Parser(prog="eval.py export", description=export_command.__doc__)
+    _checkpoint_options(parser)
+    parser.add_argument("--out", default="model.pt2", metavar="FILE", help="ending in .pt2 (default: model.pt2)")
+    args = parser.parse_args(argv)
+    if not args.out.endswith(".pt2"):
+        raise InputError(f"--out {args.out}: expected a name ending in .pt2")
+    worst = export(_load(args), args.out)
+    print(f"{args.out}: equals {args.checkpoint} within {worst:.1e} m on random input of batch 1, 2 and 5")
+
+
+COMMANDS = {"inspect": inspect_command, "lift": lift_command, "export": export_command}
 
 
 def main(argv=None):

@@ -331,7 +331,7 @@ class GridAttention(nn.Module):
     def forward(self, x):
         z = F.relu(self.norm(self.squeeze(x.mean((2, 3)))))  # (B, width)
         alpha = torch.sigmoid(self.position(z) / self.temperature)
-        return alpha.view(len(x), *self.shape).permute(0, 3, 4, 1, 2)
+        return alpha.view(x.shape[0], *self.shape).permute(0, 3, 4, 1, 2)
 
 
 class DynamicGridConv(GridConv):

@@ -3527,6 +3527,460 @@ def test_eval_inspect_refuses_what_it_cannot_draw(tmp_path, capsys, monkeypatch)
 
 
 
+
+# ---- eval: a user's own keypoints
+
+def _kp_body(frames=12, seed=0, size=(1920, 1080)):
+    """COCO-17 keypoints (T, 17, 2) of a body of about 300 pixels that sways in the image, whole numbers of 1/8 pixel."""
+    place = dict(nose=(0, -140), eye=(8, -150), ear=(16, -145), shoulder=(40, -110), elbow=(55, -50), wrist=(60, 5), hip=(25, 0),
+                 knee=(28, 75), ankle=(30, 150))
+    sign = {"left": 1, "right": -1}
+    body = np.array([np.multiply(place[j.split("_")[-1]], (sign.get(j.split("_")[0], 0), 1)) for j in SKELETONS["coco17"].joints])
+    rng, time = np.random.default_rng(seed), np.arange(frames)[:, None, None]
+    moved = body + np.array(size) / 2 + 20 * np.sin(time / 5 + rng.uniform(0, 6, (17, 2))) + time
+    return np.round(8 * moved) / 8
+
+
+def _kp_list(keypoints, skip=(), **more):
+    """COCO result entries of keypoints (T, 17, 2|3), without the frames in `skip`."""
+    scored = keypoints if keypoints.shape[2] == 3 else np.concatenate((keypoints, np.full((*keypoints.shape[:2], 1), 0.5)), 2)
+    return [{"image_id": t, "category_id": 1, "keypoints": k.flatten().tolist(), "score": 0.9, **more}
+            for t, k in enumerate(scored) if t not in skip]
+
+
+def _kp_json(path, content):
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_coco_becomes_h36m_by_its_rule():
+    coco = dict(zip(SKELETONS["coco17"].joints, np.random.default_rng(0).uniform(0, 1000, (17, 2))))
+    middle = lambda part: (coco["left_" + part] + coco["right_" + part]) / 2
+    shoulders, nose = middle("shoulder"), coco["nose"]
+    want = {"pelvis": middle("hip"), "spine": (middle("hip") + shoulders) / 2, "thorax": shoulders * 2 / 3 + nose / 3,
+            "neck": nose * 3 / 4 + shoulders / 4, "head": middle("eye") * 3 / 2 + middle("ear") / 2 - nose}
+    got = dict(zip(SKELETONS["h36m17"].joints, evaluation.coco_to_h36m(np.stack(list(coco.values())))))
+    for joint, place in got.items():
+        assert place == pytest.approx(want.get(joint, coco.get(joint))), joint
+    matrix = evaluation.TO_H36M["coco"]
+    assert matrix.sum(1) == pytest.approx(np.ones(17))                          # so it commutes with shifts, turns and scales
+    mirrored = np.eye(17)[SKELETONS["h36m17"].mirror] @ matrix @ np.eye(17)[SKELETONS["coco17"].mirror]
+    assert mirrored == pytest.approx(matrix)
+
+
+def test_every_dialect_gives_the_same_track(tmp_path):
+    body, skip = _kp_body(), (4, 5)
+    entries = _kp_list(body, skip)
+    split = [np.array(e["keypoints"]).reshape(17, 3) for e in entries]
+    instances = [{"frame_id": e["image_id"], "instances": [{"keypoints": k[:, :2].tolist(), "keypoint_scores": k[:, 2].tolist(),
+                                                            "track_id": 7}]} for e, k in zip(entries, split)]
+    alpha = [{**e, "image_id": f"clip2_{e['image_id']:06d}.jpg", "idx": [7.0]} for e in entries]
+    images = [{"id": 90 - t, "width": 640, "height": 480} for t in range(12)]   # the list's order counts, not the ids
+    halpe = [{**e, "keypoints": e["keypoints"] + [1.0] * 27} for e in entries]
+    files = [("0", None, entries), ("7", None, alpha),
+             ("7", None, {"meta_info": {"dataset_name": "coco"}, "instance_info": instances}),
+             ("7", None, instances), ("a", None, [{**e, "track_id": "a"} for e in entries]), ("0", None, entries[::-1]),
+             ("0", (640, 480), {"images": images, "annotations": [{**e, "image_id": 90 - e["image_id"]} for e in entries]}),
+             ("0", None, [{**e, "image_id": 10 + 5 * e["image_id"]} for e in entries]), ("0", None, halpe)]
+    for i, (person, size, content) in enumerate(files):
+        track, = evaluation.read_keypoints(_kp_json(tmp_path / "k.json", content))
+        assert (track.person, track.size) == (person, size), i
+        if content is not halpe:
+            assert track.joints == "coco"
+        assert track.frames == ([90 - t for t in range(12)] if size else list(range(10, 70, 5)) if i == 7 else list(range(12)))
+        assert np.isnan(track.keypoints[list(skip)]).all() and len(track.keypoints) == 12, i
+        here = [t for t in range(12) if t not in skip]
+        assert np.array_equal(track.keypoints[here][:, :17, :2], body[here]), i
+        assert (track.keypoints[here][:, :17, 2] == 0.5).all(), i
+        pose, gaps = evaluation.prepare(track.keypoints, track.joints)
+        assert pose == pytest.approx(evaluation.prepare(np.nan_to_num(track.keypoints[:, :17]))[0])
+        assert gaps.all(1).nonzero()[0].tolist() == [4, 5] and gaps.sum() == 34
+    video = {"positions_2d": {"a.mp4": {"custom": [body]}, "b.mp4": {"custom": [body[:5], body]}}, "metadata": {
+        "layout_name": "coco", "num_joints": 17, "keypoints_symmetry": [[1, 3], [2, 4]],
+        "video_metadata": {"a.mp4": {"w": 640, "h": 480}, "b.mp4": {"w": 99, "h": 98}}}}
+    np.savez(tmp_path / "data_2d_custom_my.npz", **{key: np.array(value, object) for key, value in video.items()})
+    one, two, three = evaluation.read_keypoints(tmp_path / "data_2d_custom_my.npz")
+    assert (one.person, one.size, one.joints, two.person, three.size) == ("a.mp4", (640, 480), "coco", "b.mp4 custom 0", (99, 98))
+    assert np.array_equal(one.keypoints, body) and len(two.keypoints) == 5
+    np.save(tmp_path / "k.npy", body)
+    np.savez(tmp_path / "one.npz", anything=body.astype(np.float32))
+    np.savez(tmp_path / "two.npz", other=body[:3], keypoints=body)
+    for name in ("k.npy", "one.npz", "two.npz"):
+        track, = evaluation.read_keypoints(tmp_path / name)
+        assert np.array_equal(track.keypoints, body) and track.frames == list(range(12)) and track.size is None
+
+
+def test_people_are_told_apart_by_number_and_the_best_scored_is_taken_without(tmp_path, capsys):
+    one, two = _kp_body(seed=1), _kp_body(seed=2) + 300
+    entries = _kp_list(one, track_id=3) + _kp_list(two, skip=(0, 1, 11), track_id=10)
+    a, b = evaluation.read_keypoints(_kp_json(tmp_path / "k.json", entries))
+    assert (a.person, b.person, b.frames) == ("3", "10", list(range(2, 11))) and np.array_equal(b.keypoints[..., :2], two[2:11])
+    assert capsys.readouterr().err == ""
+    for e in entries:
+        e["score"] = 0.5 + (e.pop("track_id") == 3) * (0.1 if e["image_id"] % 2 else -0.1)
+    track, = evaluation.read_keypoints(_kp_json(tmp_path / "k.json", entries))
+    taken = [one if t % 2 or t in (0, 11) else two for t in range(12)]
+    assert all(np.array_equal(track.keypoints[t, :, :2], taken[t][t]) for t in range(12))
+    assert "9 frames have several people" in capsys.readouterr().err
+
+
+@given(st.integers(0, 10 ** 6), st.integers(1, 9), st.sampled_from(["coco", "h36m"]))
+def test_gaps_are_interpolated_in_time_and_reported(seed, frames, joints):
+    rng = np.random.default_rng(seed)
+    keypoints = np.concatenate((rng.uniform(10, 500, (frames, 17, 2)), np.ones((frames, 17, 1))), 2)
+    holes = rng.uniform(size=(frames, 17)) < 0.4
+    holes[rng.integers(frames, size=17), range(17)] = False                     # each joint is seen once at least
+    for (t, j), how in zip(np.argwhere(holes), rng.integers(5, size=holes.size)):
+        keypoints[t, j] = [(np.nan, 5, 1), (7, 7, 0), (0, 0, 1), (7, 7, np.nan), (np.inf, 1, 1)][how]
+    filled = keypoints[..., :2].copy()
+    for t, j in np.argwhere(holes):                                             # the plain form: look both ways
+        before = [s for s in range(t) if not holes[s, j]][-1:]
+        after = [s for s in range(t, frames) if not holes[s, j]][:1]
+        (a,), (b,) = before or after, after or before
+        filled[t, j] = keypoints[a, j, :2] + (0 if a == b else (t - a) / (b - a)) * (keypoints[b, j, :2] - keypoints[a, j, :2])
+    pose, gaps = evaluation.prepare(keypoints, joints)
+    matrix = evaluation.TO_H36M[joints]
+    for t in range(frames):
+        assert pose[t] == pytest.approx(matrix @ filled[t])
+        assert gaps[t].tolist() == [any(holes[t, j] for j in range(17) if matrix[i, j]) for i in range(17)]
+
+
+def test_a_face_seen_in_part_is_enough_and_low_scores_are_gaps():
+    body = np.concatenate((_kp_body(), np.full((12, 17, 1), 0.8)), 2)
+    body[:, [0, 3], 2] = 0                                                      # nose and left ear never seen
+    pose, gaps = evaluation.prepare(body, "coco")
+    plain = body[..., :2].copy()
+    plain[:, [0, 3]] = plain[:, [1, 2, 4]].mean(1, keepdims=True)
+    assert pose == pytest.approx(evaluation.TO_H36M["coco"] @ plain)
+    assert gaps.any(0).nonzero()[0].tolist() == [8, 9, 10]
+    body[3, 9, 2] = 0.3
+    assert not evaluation.prepare(body, "coco", 0.2)[1][3, 13] and evaluation.prepare(body, "coco", 0.3)[1][3, 13]
+    body[:, 15, 2] = 0
+    with pytest.raises(InputError, match="left_ankle never detected"):
+        evaluation.prepare(body, "coco")
+
+
+def test_layouts_are_told_apart(synthetic):
+    for sequence in synthetic[::7]:
+        assert evaluation.tell_joints(sequence.pose_2d) == "h36m"
+    for seed in range(5):
+        body = _kp_body(seed=seed)
+        assert evaluation.tell_joints(body) == "coco"
+        unclear = body.copy()
+        unclear[:, 4] += 55                                                     # a face almost a third of the body
+        assert evaluation.tell_joints(unclear) is None
+        with pytest.raises(InputError, match="--joints coco or --joints h36m"):
+            evaluation.prepare(unclear)
+        body[1:, 16] = 0
+        assert evaluation.tell_joints(body) == "coco"                           # by the one whole frame
+        body[0, 16] = np.nan
+        assert evaluation.tell_joints(body) is None
+
+
+def test_one_euro_is_casiez_algorithm():
+    x, fps = np.random.default_rng(0).normal(size=(20, 3)), 25.0
+    for cutoff, beta in ((2.0, 10.0), (0.3, 0.0)):
+        got = evaluation.one_euro(x, fps, cutoff, beta)
+        for c in range(3):
+            value, speed = x[0, c], 0.0
+            for t in range(20):
+                if t:
+                    alpha = lambda hertz: 1 / (1 + 1 / (2 * math.pi * hertz) * fps)
+                    raw = (x[t, c] - value) * fps
+                    speed = alpha(1.0) * raw + (1 - alpha(1.0)) * speed
+                    a = alpha(cutoff + beta * abs(speed))
+                    value = a * x[t, c] + (1 - a) * value
+                assert got[t, c] == pytest.approx(value)
+    assert np.array_equal(evaluation.one_euro(x, fps), evaluation.one_euro(x, fps, 2.0, 10.0))
+    noise = 0.01 * np.random.default_rng(1).normal(size=(200, 1))
+    assert np.abs(np.diff(evaluation.one_euro(noise, 30.0), axis=0)).mean() < 0.45 * np.abs(np.diff(noise, axis=0)).mean()
+
+
+# ---- eval: lifting a video
+
+KP_MODELS = [dict(), dict(flip_test=True, normalise="width"), dict(method="glagcn", filter_widths=(3, 3)),
+             dict(method="glagcn", filter_widths=(5,), flip_test=True, normalise="longest"),
+             dict(method="glagcn", filter_widths=(3,), causal=True)]
+
+
+@pytest.mark.parametrize("fields", KP_MODELS, ids=str)
+def test_lift_is_the_models_output_for_each_window_and_lifter_gives_the_same(fields):
+    model, size = _ev_shake(evaluation.build_model(_ev_recipe(**fields))), (1920, 1080)
+    T, causal, flips = model.receptive_field, getattr(model, "causal", False), model.recipe.flip_test
+    for frames in (1, 2, 4, 5, 12):
+        body = _kp_body(frames)
+        if frames > 4:
+            body[2, 3:5] = np.nan                                               # a gap that Lifter cannot see the end of:
+            body[3, 3:5] = body[1, 3:5]                                         # the same either way
+        pose_2d, _ = evaluation.prepare(body)
+        x, y = pose_2d[..., 0], pose_2d[..., 1]
+        scaled = (np.stack((x / 960 - 1, y / 960 - 1080 / 1920), -1) if model.recipe.normalise == "width" else
+                  np.stack(((x - 960) / 960, (y - 540) / 960), -1))
+        want = []
+        for t in range(frames):
+            first = t - (T - 1 if causal else T // 2)
+            window = [min(max(s, 0), frames - 1) for s in range(first, first + T)]
+            inputs = torch.tensor(scaled[window], dtype=torch.float32)[None]
+            run = lambda inputs: model(inputs[:, 0] if T == 1 else inputs)
+            with torch.no_grad():
+                pose = run(inputs)
+                if flips:
+                    mirror = SKELETONS["h36m17"].mirror
+                    other = run(inputs[..., mirror, :] * torch.tensor([-1.0, 1]))
+                    pose = (pose + other[..., mirror, :] * torch.tensor([-1.0, 1, 1])) / 2
+            want.append(pose[0].numpy())
+        poses = evaluation.lift(model, body, size)
+        assert poses.dtype == np.float32 and np.abs(poses - want).max() < 1e-5 and np.abs(want).max() > 1e-2
+        lifter = evaluation.Lifter(model, size)
+        assert lifter.delay == (0 if causal or T == 1 else T // 2)
+        for repeat in range(2):                                                 # flush() makes it ready for another video
+            given_out = [lifter(frame) for frame in body]
+            assert [pose is None for pose in given_out] == [t < lifter.delay for t in range(frames)]
+            given_out = [pose for pose in given_out if pose is not None] + list(lifter.flush())
+            assert len(given_out) == frames and np.abs(np.array(given_out) - poses).max() < 1e-5
+        assert len(lifter.flush()) == 0
+    assert np.abs(evaluation.lift(model, body, size, flip=not flips) - poses).max() > 1e-5
+
+
+def test_any_image_is_normalised_as_the_model_was_trained():
+    body = _kp_body(size=(1000, 1000))
+    for fields in (dict(), dict(normalise="longest")):
+        model = _ev_shake(evaluation.build_model(_ev_recipe(**fields)))
+        small = evaluation.lift(model, body, (1000, 1000))
+        for factor, size in ((2, (2000, 2000)), (0.5, (500, 500)), (1, (1000, 400)), (3, (1200, 3000))):
+            moved = (body - 500) * factor + np.array(size) / 2                  # the same picture about another image's centre
+            assert np.abs(evaluation.lift(model, moved, size) - small).max() < 1e-4, size
+        near = np.abs(evaluation.lift(model, body, (1000, 1002)) - small).max()
+        assert near < 1e-6 if not fields else 1e-5 < near                       # release-500: Human3.6M's own sizes alike
+    width = _ev_shake(evaluation.build_model(_ev_recipe(normalise="width")))
+    tall = evaluation.lift(width, body * 2 + (0, 300), (2000, 2600))
+    assert np.abs(tall - evaluation.lift(width, body, (1000, 1000))).max() < 1e-4
+
+
+def test_root_trajectory_is_the_least_squares_solution(synthetic):
+    rng = np.random.default_rng(0)
+    poses, root = rng.normal(0, 0.4, (6, 17, 3)), rng.uniform((-1, -1, 3), (1, 1, 8), (6, 3))
+    focal, centre = 1400.0, np.array((960.0, 540.0))
+    points = poses + root[:, None]
+    exact = focal * points[..., :2] / points[..., 2:] + centre
+    assert evaluation.root_trajectory(exact, poses, focal, centre) == pytest.approx(root)
+    noisy = exact + rng.normal(0, 5, exact.shape)
+    got = evaluation.root_trajectory(noisy, poses, focal, centre)
+    for t in range(6):
+        A, b = [], []
+        for (u, v), (x, y, z) in zip((noisy[t] - centre) / focal, poses[t]):
+            A += [(1, 0, -u), (0, 1, -v)]
+            b += [u * z - x, v * z - y]
+        assert got[t] == pytest.approx(np.linalg.lstsq(np.array(A), np.array(b), rcond=None)[0])
+    assert evaluation.root_trajectory(noisy, poses, 2 * focal, centre)[:, 2].mean() > 1.8 * got[:, 2].mean()
+    store = FrameStore(synthetic, "release-500", SKELETONS["h36m17"])
+    assert evaluation.root_error(store.pose_3d, store) < 0.08                   # metres, of about 5; what the lens bends
+    straight = [dataclasses.replace(s, pose_2d=data.project(s.pose_3d + s.root[:, None], np.r_[s.intrinsics[:4], np.zeros(5)]))
+                for s in synthetic[:8]]
+    store = FrameStore(straight, "release-500", SKELETONS["h36m17"])
+    assert evaluation.root_error(store.pose_3d, store) < 1e-4
+    larger = 0.1 * store.root.norm(dim=1).mean().item()
+    assert evaluation.root_error(1.1 * store.pose_3d, store) == pytest.approx(larger, rel=0.02)
+
+
+# ---- eval: the lift and export commands, pictures
+
+@pytest.fixture
+def kp_checkpoint(tmp_path):
+    path = tmp_path / "model.pt"
+    _ev_save(_ev_shake(evaluation.build_model(_ev_recipe(method="glagcn"))), path)
+    return path
+
+
+def test_lift_command_writes_everyone_whole(kp_checkpoint, tmp_path, capsys):
+    one, two = _kp_body(seed=1), _kp_body(9, seed=2) + 300
+    entries = _kp_list(one, skip=(5,), track_id=3) + _kp_list(two, track_id=10) + _kp_list(one[:1], track_id=11)
+    file, out = _kp_json(tmp_path / "k.json", entries), tmp_path / "deep" / "poses.npz"
+    options = ["lift", str(kp_checkpoint), "--device", "cpu", "--keypoints", str(file), "--size", "1920", "1080"]
+    lift = lambda *more: evaluation.main([*options, *map(str, more)])
+    lift("--out", out)
+    said, result = capsys.readouterr(), data.read_npz(out)
+    assert "person 3: 12 frames; interpolated: 1 whole frames, 0 single joints" in said.out
+    assert "diagonal, 2203 pixels, that is 47 degrees across" in said.out
+    assert "21 poses" in said.out and "person 11 left out: one frame" in said.err
+    assert result["person"].tolist() == ["3"] * 12 + ["10"] * 9 and result["frames"].tolist() == [*range(12), *range(9)]
+    assert result["interpolated"].all(1).nonzero()[0].tolist() == [5] and result["interpolated"].sum() == 17
+    model, gappy = evaluation.load_model(kp_checkpoint), one.copy()
+    gappy[5] = np.nan
+    for person, body in (("3", gappy), ("10", two)):
+        poses, pose_2d = evaluation.lift(model, body, (1920, 1080)), evaluation.prepare(body)[0]
+        mine = result["person"] == person
+        assert result["poses"][mine] == pytest.approx(poses, abs=1e-6) and result["keypoints"][mine] == pytest.approx(pose_2d)
+        assert result["root"][mine] == pytest.approx(evaluation.root_trajectory(pose_2d, poses, 2202.907, (960, 540)), rel=1e-4)
+    assert tuple(result["joints"]) == SKELETONS["h36m17"].joints and np.array_equal(result["edges"], gridconv.H36M_EDGES)
+    assert all(str(name) in str(result["source"]) for name in (kp_checkpoint, file))
+    assert set(result["focal"]) == {math.hypot(1920, 1080)} and result["size"].tolist() == [[1920, 1080]] * 21
+    lift("--out", tmp_path / "p.json", "--person", "10", "--focal", 1500, "--smooth", "--fps", "50", "--benchmark")
+    said, smooth = capsys.readouterr().out, json.loads((tmp_path / "p.json").read_text())
+    assert "smoothed" in said and "frames a second" in said and "diagonal" not in said and smooth["person"] == ["10"] * 9
+    assert smooth["poses"][3][4][1] == round(smooth["poses"][3][4][1], 4)
+    filtered = evaluation.one_euro(evaluation.prepare(two)[0] / 960, 50.0) * 960
+    assert np.array(smooth["keypoints"]) == pytest.approx(filtered, abs=1e-2)
+    assert np.array(smooth["poses"]) == pytest.approx(evaluation.lift(model, filtered, (1920, 1080), "h36m"), abs=2e-4)
+    assert smooth["focal"] == [1500.0] * 9 and smooth["fps"] == 50 and smooth["interpolated"][0] == [False] * 17
+    np.save(tmp_path / "k.npy", one)
+    lift("--keypoints", tmp_path / "k.npy", "--size", 300, 200, "--out", out)
+    assert "100% of the joints lie more than half an image outside 300 x 200" in capsys.readouterr().err
+
+
+BODY = _kp_body(3)
+KP_BAD = [
+    ([], (), "k.json: no person in it"), ({"annotations": []}, (), "no person in it"), ({}, (), "no person in it"),
+    (7, (), "entry 0: "),
+    ({"a": 1}, (), "no 'instance_info'"), ("text", (), "entry 0"), ([3], (), "entry 0: .*int"),
+    ([{"image_id": 0, "score": 0.5}], (), "entry 0: no keypoints, only image_id, score"),
+    ([{"image_id": 0, "keypoints": [0.5] * 17}], (), "17 numbers, not x, y and score"),
+    (_kp_list(BODY) + [{"image_id": "no number", "keypoints": [1] * 51}], (), "entry 3"),
+    (_kp_list(BODY) + [{"image_id": 0, "keypoints": [1] * 30}], (), "several sizes"),
+    ([{"image_id": 0, "keypoints": [1.0] * 30}, {"image_id": 1, "keypoints": [1.0] * 30}], (), "10 joints are no known layout"),
+    ([{"image_id": i, "keypoints": [1] * 51} for i in (0, 1, 10 ** 9)], (), "do not number a video's frames"),
+    ({"images": [{"width": 1}], "annotations": []}, (), "no 'id'"),
+    ({"images": [{"id": 1, "width": 9, "height": 9}, {"id": 2, "width": 8, "height": 9}], "annotations": []}, (), "several sizes"),
+    (_kp_list(BODY)[:1], (), "one frame, where the model looks at 3"),
+    (_kp_list(np.concatenate((BODY, 0 * BODY[..., :1]), 2)), (), "no joint has a score"),
+    (_kp_list(BODY / 1920), (), "expected pixels"), (_kp_list(BODY), ("--size", "0", "480"), "size 0 x 480: .*above 0"),
+    (_kp_list(BODY), ("--size", "nan", "480"), "size nan"),
+    (_kp_list(BODY), ("--person", "8"), "--person 8: not in .*; it has 0"),
+    (_kp_list(BODY), ("--out", "p.txt"), "--out p.txt"), (_kp_list(BODY), ("--plot", "a.jpg"), "--plot a.jpg"),
+    (_kp_list(BODY), ("--fps", "0"), "--fps 0"), (_kp_list(BODY), ("--focal", "-3"), "--focal -3"),
+    (_kp_list(BODY), ("--keypoints", "nowhere.json"), "nowhere.json"),
+    (_kp_list(BODY), ("--keypoints", "video.mp4"), "not from .mp4"),
+    (_kp_list(BODY), ("--joints", "mpii"), "mpii")]
+
+
+@pytest.mark.parametrize("content, options, said", KP_BAD, ids=[said for *_, said in KP_BAD])
+def test_lift_command_bad_input_is_one_line(content, options, said, kp_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = _kp_json(tmp_path / "k.json", content)
+    with pytest.raises((InputError, OSError), match=said) as caught:
+        evaluation.main(["lift", str(kp_checkpoint), "--keypoints", str(file), "--size", "1920", "1080", *options])
+    assert "\n" not in str(caught.value) and not (tmp_path / "poses.npz").exists()
+
+
+def test_lift_command_more_bad_input(kp_checkpoint, tmp_path):
+    def run(*arguments):
+        done = subprocess.run([sys.executable, evaluation.__file__, "lift", *map(str, arguments)], capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+        return done.stderr
+
+    broken = tmp_path / "broken.json"
+    broken.write_text('[{"image_id": 0,\n "keypoints": [1, 2,, 3]}]')
+    assert "broken.json: not JSON" in (said := run(kp_checkpoint, "--keypoints", broken)) and "line 2 column 21" in said
+    lift = lambda path: evaluation.main(["lift", str(kp_checkpoint), "--keypoints", str(path), "--out", str(tmp_path / "o.npz")])
+    broken.write_text("[" * 100000)
+    scores, custom = tmp_path / "scores.npy", tmp_path / "data_2d_custom_x.npz"
+    np.save(scores, BODY[..., 0])
+    np.savez(custom, positions_2d=np.array({"a": {"custom": [BODY]}}, object), metadata=np.array({"layout_name": "coco"}, object))
+    np.savez(tmp_path / "two.npz", a=BODY, b=BODY)
+    np.save(tmp_path / "empty.npy", BODY[:0])
+    for path, said in ((broken, "not JSON"), (scores, r"\(3, 17\) \(scores only"), (custom, "not as VideoPose3D"),
+                       (tmp_path / "two.npz", r"found a \(3, 17, 2\), b"), (tmp_path / "empty.npy", "no person"),
+                       (_kp_json(tmp_path / "k.json", _kp_list(BODY)), "give --size WIDTH HEIGHT")):
+        with pytest.raises(InputError, match=said):
+            lift(path)
+    for fields, said in ((dict(skeleton="humaneva15", method="glagcn"), "humaneva15 joints"), (dict(target="uvd"), "target uvd")):
+        other = tmp_path / "other.pt"
+        _ev_save(evaluation.build_model(_ev_recipe(**fields)), other)
+        with pytest.raises(InputError, match=said):
+            evaluation.main(["lift", str(other), "--keypoints", str(tmp_path / "k.json"), "--size", "9", "9"])
+    with pytest.raises(InputError, match=r"shape \(17, 2\)"):
+        evaluation.lift(evaluation.load_model(kp_checkpoint), BODY[0], (9, 9))
+
+
+@pytest.mark.parametrize("fields", [dict(layout="autogrids"), dict(method="glagcn")], ids=str)
+def test_exported_models_are_the_originals_for_any_batch(fields, tmp_path, capsys, monkeypatch):
+    model, path = _ev_shake(evaluation.build_model(_ev_recipe(**fields))), tmp_path / "model.pt2"
+    _ev_save(model, tmp_path / "m.pt")
+    evaluation.main(["export", str(tmp_path / "m.pt"), "--out", str(path)])
+    assert "within" in capsys.readouterr().out
+    about = {"poselift.json": ""}
+    loaded = torch.export.load(path, extra_files=about).module()
+    about = json.loads(about["poselift.json"])
+    assert about["normalise"] == "release-500" and about["joints"][0] == "pelvis"
+    for batch in (1, 3, 8):
+        x = torch.randn(batch, *about["input"][1:])
+        assert torch.allclose(loaded(x), model(x), atol=1e-5) and model(x).abs().max() > 1e-2
+    with pytest.raises(InputError, match="ending in .pt2"):
+        evaluation.main(["export", str(tmp_path / "m.pt"), "--out", "m.onnx"])
+
+
+def test_an_export_that_differs_is_not_written(tmp_path, monkeypatch):
+    model = _ev_shake(evaluation.build_model(_ev_recipe()))
+    wrong = SimpleNamespace(module=lambda: lambda x: model(x) + 1e-3)
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: wrong)
+    with pytest.raises(InputError, match="differs from the original by 0.001"):
+        evaluation.export(model, tmp_path / "m.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures(kp_checkpoint, tmp_path, capsys, monkeypatch):
+    Image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    truth, strip, moving = tmp_path / "t.npy", tmp_path / "strip.png", tmp_path / "moving.gif"
+    np.save(tmp_path / "k.npy", _kp_body(14))
+    poses = evaluation.lift(evaluation.load_model(kp_checkpoint), _kp_body(14), (1920, 1080))
+    np.save(truth, poses + np.float32([0.003, 0, 0.004]))
+    evaluation.main(["lift", str(kp_checkpoint), "--keypoints", str(tmp_path / "k.npy"), "--size", "1920", "1080", "--out",
+                     str(tmp_path / "p.npz"), "--plot", str(strip), str(moving), "--truth", str(truth), "--fps", "25"])
+    assert "MPJPE 5.0 mm, P-MPJPE 0.0 mm" in capsys.readouterr().out
+    assert Image.open(strip).size == (900, 470)
+    with Image.open(moving) as gif:
+        assert gif.n_frames == 7 and gif.info["duration"] == 80                # every second frame of 25 a second
+    colours = {tuple(c) for c in np.asarray(Image.open(strip).convert("RGB")).reshape(-1, 3).tolist()}
+    assert {(31, 119, 180), (255, 127, 14), (64, 64, 64)} <= colours            # left, right, trunk
+    evaluation.plot_poses(strip, evaluation.prepare(_kp_body(1))[0], poses[:1])
+    assert Image.open(strip).size == (150, 470)
+    np.save(truth, poses[:5])
+    with pytest.raises(InputError, match=r"poses \(5, 17, 3\), lifted were \(14, 17, 3\)"):
+        evaluation.main(["lift", str(kp_checkpoint), "--keypoints", str(tmp_path / "k.npy"), "--size", "1920", "1080", "--out",
+                         str(tmp_path / "p.npz"), "--truth", str(truth)])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match="pip install matplotlib"):
+        evaluation.plot_poses(strip, _kp_body(1), poses[:1])
+
+
+def test_equal_axes_and_one_scale():
+    pytest.importorskip("matplotlib")
+    kept, original = [], evaluation._figure
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "_figure", lambda **options: kept.append(original(**options)) or kept[-1])
+        patch.setattr(data, "write_atomically", lambda *_: None)
+        pose_2d, poses = evaluation.prepare(_kp_body(30))[0], np.random.default_rng(0).normal(0, 0.4, (30, 17, 3))
+        evaluation.plot_poses("a.png", pose_2d, poses, columns=3)
+        evaluation.plot_poses("a.png", pose_2d, poses, poses + 1, columns=1)
+    dashed = [[line.get_xydata().mean() for line in ax.lines if line.get_linestyle() == "--"] for ax in kept[1].axes]
+    solid = [line.get_xydata().mean() for line in kept[1].axes[1].lines if line.get_linestyle() == "-"]
+    assert [len(lines) for lines in dashed] == [0, 16, 16] and np.subtract(dashed[1], solid) == pytest.approx(np.ones(16))
+    axes = np.array(kept[0].axes).reshape(3, 3)
+    for row in axes:
+        assert {ax.get_aspect() for ax in row} == {1.0} and len({(*ax.get_xlim(), *ax.get_ylim()) for ax in row}) == 1
+        left, right = row[0].get_xlim()
+        bottom, top = row[0].get_ylim()
+        assert right == -left == bottom == -top                                 # square, about the root, y downwards
+    for column, t in zip(axes.T, (0, 14, 29)):
+        for ax, points in zip(column, ((pose_2d - pose_2d[:, :1]), poses[..., [0, 1]], poses[..., [2, 1]])):
+            for line, (parent, child) in zip(ax.lines, SKELETONS["h36m17"].edges):
+                assert line.get_xydata() == pytest.approx(points[t, [parent, child]])
+                side = SKELETONS["h36m17"].joints[child].split("_")[0]
+                assert line.get_color() == {"left": "tab:blue", "right": "tab:orange"}.get(side, "0.25")
+
+
+def test_a_runs_curves_are_drawn_and_reported(run_folder, tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    train.train(tiny_recipe(epochs=2.0, eval_every=2), out=tmp_path / "runs" / "one", quiet=False)
+    with Image.open(tmp_path / "runs" / "one" / "curves.png") as picture:
+        assert picture.size == (720, 270)
+    train.write_report(tmp_path / "runs")
+    assert "(one/curves.png)" in (tmp_path / "runs" / "report.md").read_text()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # train.py
 

@@ -11,8 +11,8 @@
     python train.py bench                                   # the fast forms against the plain ones, on this machine
 
 A run's folder holds last.pt (the whole state: continue by giving the same command again), best.pt (the weights of the
-epoch that was best on the test set), log.csv and result.json. Same recipe, seed and machine: same numbers, bit for
-bit on the CPU, interrupted or not.
+epoch that was best on the test set), log.csv and result.json, with matplotlib also curves.png. Same recipe, seed and
+machine: same numbers, bit for bit on the CPU, interrupted or not.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import csv
 import dataclasses
 import fcntl
 import functools
+import importlib.util
 import inspect
 import io
 import json
@@ -643,6 +644,8 @@ def train(recipe, folder="data", out=None, device=None, quiet=False):
                 return None
             result = finish(run, stores)
             data.write_atomically(out / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
+    if importlib.util.find_spec("matplotlib") and not quiet:
+        evaluation.plot_curves(out)
     return result
 
 
@@ -1205,6 +1208,8 @@ def run_section(r):
     for title, scores in ((best, r["best"]), ("Last epoch", None if same else r["last"]), (refined_title, r.get(REFINED))):
         if scores:
             parts += [f"### {title}", evaluation.report(scores, source, recipe)]
+    if "curves" in r:
+        parts.append(f"![loss and MPJPE of {recipe.name}]({r['curves']})")
     return "\n\n".join(parts)
 
 
@@ -1219,6 +1224,8 @@ def write_report(folder):
         try:
             results.append(json.loads(path.read_text()))
             report_table(results[-1:]), run_section(results[-1])
+            if path.with_name("curves.png").exists():
+                results[-1]["curves"] = f"{path.parent.name}/curves.png"
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not a result of train.py ({error}): remove it") from None
     table, results = report_table(results), [r for group in by_recipe(results) for r in group]
