@@ -16,6 +16,7 @@ machine: same numbers, bit for bit on the CPU, interrupted or not.
 """
 
 import argparse
+import concurrent.futures
 import copy
 import csv
 import dataclasses
@@ -26,6 +27,7 @@ import inspect
 import io
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -52,7 +54,7 @@ import eval as evaluation
 import gridconv
 from data import InputError
 from eval import make_store
-from glagcn import Refinement, mean_distance
+from glagcn import GLAGCN, AGCNBlock, Refinement, mean_distance
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipes
@@ -759,6 +761,40 @@ def plain_network(network):
     return network
 
 
+def plain_graph_conv(layer, x):
+    """AdaptiveGraphConv as one first writes Eq. 2-3: a product for each subset and embedding. Features (B, C, T, J)."""
+    (B, C, T, J), E, out = x.shape, layer.embedding, 0
+    weight, bias = layer.embed.weight.view(2, 3, E, C, 1, 1), layer.embed.bias.view(2, 3, E)
+    for k in range(3):
+        theta = F.conv2d(x, weight[0, k], bias[0, k]).permute(0, 3, 1, 2).reshape(B, J, E * T)
+        phi = F.conv2d(x, weight[1, k], bias[1, k]).reshape(B, E * T, J)
+        graph = layer.A[k] + layer.B[k] + torch.softmax(theta @ phi / (E * T), dim=-2)
+        mixed = (x.reshape(B, C * T, J) @ graph).view(B, C, T, J)
+        out = out + F.conv2d(mixed, layer.W[:, :, k, :, None], layer.bias[k])
+    return torch.relu(layer.dropout(layer.norm(out)) + layer.shortcut(x))
+
+
+def plain_block(block, x):
+    """AGCNBlock on features (B, C, T, J)."""
+    conv = block.temporal
+    y = F.conv2d(plain_graph_conv(block.spatial, x), conv.weight.mT, conv.bias, conv.stride[::-1], conv.padding[::-1])
+    y = block.norm(y) if block.shortcut is None else block.norm(y) + block.shortcut(x)
+    return torch.relu(y) if block.relu else y
+
+
+def plain_glagcn(model, x, return_sequence=False):
+    """GLAGCN on features (B, C, T, J): x (B, T, J, 2) -> (B, J, 3), and the sequence (B, T, J, 3)."""
+    x = model.data_norm(x.flatten(0, 1).flatten(1)).view(x.shape).permute(0, 3, 1, 2)
+    for block in (model.expand, *model.reconstruction):
+        x = plain_block(block, x)
+    sequence = plain_block(model.sequence_head, x).permute(0, 2, 3, 1) if return_sequence else None
+    for module in model.strided:
+        y = module.dropout(plain_block(module.second, module.dropout(plain_block(module.first, x))))
+        x = y + x[:, :, module.frame::module.width]
+    pose = model.head(x.mean(2).transpose(1, 2))
+    return (pose, sequence) if return_sequence else pose
+
+
 class SampleByFrame(torch.utils.data.Dataset):
     """Windows fetched one by one on the host, as most code in the field does: what the frame store is measured against."""
 
@@ -790,55 +826,159 @@ def interleaved(fast, plain, pairs=7):
     return (*(statistics.median(column) for column in zip(*times)), statistics.median(p / f for f, p in times))
 
 
-def bench(device=None):
-    """Print how much faster the fast forms are than the plain ones, measured side by side on this machine."""
+def matrix_rate(device):
+    """Floating-point operations a second of float32 matrix products: the floor that the hardware sets."""
+    a = torch.randn(2048, 2048, device=device)
+    return 2 * 2048 ** 3 / interleaved(lambda: a @ a, lambda: a @ a)[0]
+
+
+def step_memory(build, device):
+    """The most memory in bytes that a training step of the model build() on random poses takes on top of the weights and
+    the batch (on a CPU of Linux alone). For a process of its own: there it is the growth of the largest resident size."""
+    model = build().to(device)
+    shape, batch = ((), 200) if model.receptive_field == 1 else ((model.receptive_field,), 8)
+    pose, target = torch.randn(batch, *shape, 17, 2, device=device), torch.randn(batch, 17, 3, device=device)
+    cuda, status = device.type == "cuda", Path("/proc/self/status")
+    resident = lambda: 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) if status.exists() else math.nan
+    held = torch.cuda.memory_allocated(device) if cuda else resident()
+    optimizer = torch.optim.Adam(model.parameters())
+    mean_distance(model(pose), target).backward()
+    optimizer.step()
+    return batch, (torch.cuda.max_memory_allocated(device) if cuda else resident()) - held
+
+
+def bench(device=None, full_size=False):
+    """Print how much faster the fast forms are than the plain ones, measured side by side on this machine, and what a step
+    costs beside: feeding, memory, poses a second. full_size: steps at Human3.6M's size instead, extrapolated to epochs."""
     device = evaluation.pick_device(device)
     torch.manual_seed(0)
-    a = torch.randn(2048, 2048, device=device)
-    seconds = interleaved(lambda: a @ a, lambda: a @ a)[0]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}; float32 matrix products at {2 * 2048 ** 3 / seconds / 1e9:.0f} GFLOP/s\n")
+    rate = matrix_rate(device)
+    print(f"{device_name(device)}, torch {torch.__version__}; float32 matrix products at {rate / 1e9:.0f} GFLOP/s\n")
+    if full_size:
+        return bench_full_size(device)
     rows = []
 
-    def row(label, fast, plain, samples=None):
+    def row(label, fast, plain, samples=None, flops=None):
         times = interleaved(fast, plain)
-        rate = f"{samples / times[0]:,.0f}" if samples else None
-        rows.append([label, f"{times[2]:.2f}x", f"{1000 * times[0]:.1f}", f"{1000 * times[1]:.1f}", rate])
+        rows.append([label, f"{times[2]:.2f}x", f"{1000 * times[0]:.1f}", f"{1000 * times[1]:.1f}",
+                     samples and f"{samples / times[0]:,.0f}", flops and f"{100 * flops / times[0] / rate:.0f} %"])
 
-    x = torch.randn(200, 256, 5, 5, device=device)
-    layer, push = gridconv.DynamicGridConv(256, 256).to(device), torch.randn(200, 256, 5, 5, device=device)
-    fast_x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-    plain_x = x.clone().requires_grad_()
-    row("D-GridConv layer, forward and backward (batch 200, C = 256)", lambda: layer(fast_x).backward(push),
-        lambda: plain_grid_conv(layer, plain_x).backward(push))
-    network = gridconv.GridLiftingNetwork().to(device)
-    pose, target = torch.randn(200, 17, 2, device=device), torch.randn(200, 17, 3, device=device)
-
-    def step(model):
+    def step(model, *batch, plain=None):
+        """A training step of the model, or of its plain form."""
         optimizer = torch.optim.Adam(model.parameters(), 1e-3)
 
         def run():
             optimizer.zero_grad()
-            (model(pose) - target).square().mean().backward()
+            loss = (plain(model, batch[0]) if plain else model(batch[0])) - batch[1]
+            loss.square().mean().backward()
             optimizer.step()
         return run
 
-    def lift(model):
+    def lift(call):
         def run():
             with torch.no_grad():
-                model(pose)
+                call()
         return run
 
+    # GridConv
+    layer, push = gridconv.DynamicGridConv(256, 256).to(device), torch.randn(200, 256, 5, 5, device=device)
+    fast_x = torch.randn_like(push).contiguous(memory_format=torch.channels_last).requires_grad_()
+    plain_x = fast_x.detach().contiguous().requires_grad_()
+    row("D-GridConv layer, forward and backward (batch 200, C = 256)", lambda: layer(fast_x).backward(push),
+        lambda: plain_grid_conv(layer, plain_x).backward(push), flops=200 * 3 * 2 * 281 * 256 ** 2)
+    network = gridconv.GridLiftingNetwork().to(device)
+    batch = torch.randn(200, 17, 2, device=device), torch.randn(200, 17, 3, device=device)
     plain = plain_network(network)
-    row("GridConv network, training step (batch 200)", step(network), step(plain), 200)
-    row("GridConv network, evaluation (batch 200)", lift(network.eval()), lift(plain.eval()), 200)
+    row("GridConv network, training step (batch 200)", step(network, *batch), step(plain, *batch), 200)
+    network.eval(), plain.eval()
+    row("GridConv network, evaluation (batch 200)", lift(lambda: network(batch[0])), lift(lambda: plain(batch[0])), 200)
+
+    # GLA-GCN; without dropout, whose random numbers cost both forms the same
+    B, T, C, J = 8, 243, 96, 17
+    A = GLAGCN(filter_widths=(3,)).expand.spatial.A
+    block = AGCNBlock(C, C, A, dropout=0.0).to(device)
+    fast_x = torch.randn(B, C, J, T, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    plain_x = fast_x.detach().transpose(2, 3).contiguous().requires_grad_()
+    fast_push, plain_push = torch.randn_like(fast_x), torch.randn_like(plain_x)
+    row(f"AGCN block, forward and backward (batch {B}, C = {C}, T = {T})", lambda: block(fast_x).backward(fast_push),
+        lambda: plain_block(block, plain_x).backward(plain_push),
+        flops=B * J * T * 3 * 2 * (3 * C * C + 6 * C * C // 4 + 9 * C * C + 3 * J * C + 3 * J * C // 4))
+    for widths, size in (((3,) * 3, 64), ((3,) * 5, 8)):
+        model, T = GLAGCN(filter_widths=widths, dropout=0.0, unshared_weight=0.0).to(device), 3 ** len(widths)
+        batch = torch.randn(size, T, J, 2, device=device), torch.randn(size, J, 3, device=device)
+        row(f"GLA-GCN, training step (batch {size}, C = {C}, T = {T})", step(model, *batch), step(model, *batch, plain=plain_glagcn),
+            size)
+        model.eval()
+        row(f"GLA-GCN, evaluation (batch {size}, C = {C}, T = {T})", lift(lambda: model(batch[0])),
+            lift(lambda: plain_glagcn(model, batch[0])), size)
+
+    def endless(batches):
+        while True:
+            yield from batches()
+
     store = data.FrameStore(data.synthesize(0), "width", data.SKELETONS["h36m17"], device)
-    for frames, batch in ((1, 200), (27, 64)):
-        loader = iter(torch.utils.data.DataLoader(SampleByFrame(store, frames), batch, shuffle=True))
-        order = iter(torch.randperm(len(store), device=device).split(batch))
-        row(f"feeding, T = {frames} (batch {batch}), against a Dataset and DataLoader", lambda: store.batch(next(order), frames),
-            lambda: [part.to(device) for part in next(loader)], batch)
-    print(evaluation.markdown(["what", "ratio", "ms", "plain ms", "poses/s"], rows))
+    for frames, size in ((1, 200), (27, 64)):
+        loader = endless(lambda: torch.utils.data.DataLoader(SampleByFrame(store, frames), size, shuffle=True))
+        order = endless(lambda: torch.randperm(len(store), device=device).split(size))
+        row(f"feeding, T = {frames} (40 batches of {size}), against a Dataset and DataLoader",
+            lambda: [store.batch(next(order), frames) for _ in range(40)],
+            lambda: [[part.to(device) for part in next(loader)] for _ in range(40)], 40 * size)
+    print(evaluation.markdown(["what", "ratio", "ms", "plain ms", "poses/s", "of the matrix rate"], rows))
+    print(f"\nAn epoch's time outside its steps (gridconv-synthetic): {100 * outside_steps(store, device):.2f} %\n")
+    memory = []
+    for label, build in (("GridConv network", gridconv.GridLiftingNetwork), ("GLA-GCN, C = 96, T = 27", functools.partial(GLAGCN, filter_widths=(3,) * 3)),
+                         ("GLA-GCN, C = 96, T = 243", GLAGCN)):
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            batch, taken = fresh.submit(step_memory, build, device).result()
+        memory.append([label, batch, f"{taken / 2 ** 20:,.0f}", f"{taken / batch / 2 ** 20:,.2f}"])
+    print(evaluation.markdown(["peak memory of a training step", "batch", "MiB", "MiB a sample"], memory))
+
+
+def outside_steps(store, device):
+    """The share of an epoch's time that is not spent in training steps: order, batches, schedules, bookkeeping."""
+    run, inside = Run(RECIPES["gridconv-synthetic"], store, ".", device), 0.0
+
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    started = wait()
+    run.begin_epoch(0)
+    for chunk in run.batches(epoch_order(run.recipe, len(store), 0).to(device)):
+        before = wait()
+        run.train_step(chunk)
+        inside += wait() - before
+        agreed(1, 0, False)
+    run.check_finite(run.epoch_steps)
+    return 1 - inside / (wait() - started)
+
+
+def bench_full_size(device):
+    """Seconds an epoch and hours a run of published rows on as many frames as Human3.6M has, from a few steps timed here."""
+    frames = data.H36M_FRAMES["train"][0]
+    motion = data.synthesize(0)
+    length = sum(len(s.pose_3d) for s in motion)
+    sequences = (motion * -(-frames // length))
+    rows, stores = [], {}
+    faster = dict(precision="bf16", micro_batch=128)
+    plan = [("gridconv-gt", {}), ("glagcn-gt-243", dict(micro_batch=64)), ("glagcn-gt-243-reconstruct", dict(micro_batch=64))]
+    if device.type == "cuda":
+        plan += [("gridconv-gt", dict(precision="tf32", compile=True)), ("glagcn-gt-243", faster),
+                 ("glagcn-gt-243", {**faster, "compile": True}), ("glagcn-gt-243-reconstruct", faster)]
+    for name, fields in plan:
+        recipe = dataclasses.replace(RECIPES[name], **fields)
+        if device.type == "cpu":  # memory and patience: more and smaller steps an epoch, the same arithmetic
+            recipe = dataclasses.replace(recipe, batch=16 if recipe.method == "glagcn" else 200, micro_batch=0, compile=False)
+        if recipe.normalise not in stores:
+            stores[recipe.normalise] = data.FrameStore(sequences, recipe.normalise, data.SKELETONS["h36m17"], device)
+        store = stores[recipe.normalise]
+        seconds, steps = step_seconds(recipe, store, device, 20 if device.type == "cuda" else 1)
+        rows.append([name, recipe.batch, recipe.precision + ", compiled" * recipe.compile, f"{1000 * seconds:,.1f}", f"{steps:,}",
+                     f"{seconds * steps:,.0f}", f"{recipe.epochs:g}", f"{seconds * steps * recipe.epochs / 3600:,.2f}"])
+    print(f"{len(store):,} frames of procedural motion (Human3.6M has {frames:,}); an epoch is steps times the median of the steps "
+          "timed.\n")
+    print(evaluation.markdown(["recipe", "batch", "precision", "ms a step", "steps an epoch", "seconds an epoch", "epochs", "hours"], rows))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1346,6 +1486,7 @@ def main(argv=None):
     parser.add_argument("--data", default="data", metavar="DIR", help="the folder with the data (default: data)")
     parser.add_argument("--out", metavar="DIR", help="the run's folder (default: results/RECIPE)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    parser.add_argument("--full-size", action="store_true", help="with bench: epochs at Human3.6M's size")
     parser.add_argument("--minutes", type=float, default=4.0, help="with ablate: training time of a run (default: 4)")
     parser.add_argument("--seeds", type=int, help="seeds 0 to N-1 (default: with ablate 3, with reproduce 1)")
     parser.add_argument("--only", metavar="ROW", default="", help="with reproduce: these recipes alone (ROW,ROW)")
@@ -1358,7 +1499,7 @@ def main(argv=None):
     elif args.recipe == "report":
         print(write_report(args.what or "results"))
     elif args.recipe == "bench":
-        bench(args.device)
+        bench(args.device, args.full_size)
     elif args.recipe == "ablate":
         print(ablate(args.what, args.data, args.out or f"results/ablate-{args.what}", args.minutes,
                      3 if args.seeds is None else args.seeds, lambda recipe: with_options(recipe, args), args.device))
