@@ -130,9 +130,10 @@ class AdaptiveGraphConv(nn.Module):
         return y.view(batch, joints, frames, -1).permute(0, 3, 1, 2) + self.bias.sum(0)[:, None, None]
 
     def forward(self, x):
-        # On a CPU a few samples at a time: what lies between, some six times x, then stays in the cache.
-        size = len(x) if x.is_cuda else max(1, CACHE_FLOATS // x[0].numel())
-        y = torch.cat([self.convolve(part) for part in x.split(size)])
+        if x.is_cuda or torch.compiler.is_compiling():
+            y = self.convolve(x)
+        else:  # a few samples at a time: what lies between, some six times x, then stays in the processor's cache
+            y = torch.cat([self.convolve(part) for part in x.split(max(1, CACHE_FLOATS // x[0].numel()))])
         return torch.relu_(self.dropout(self.norm(y)).add_(self.shortcut(x)))
 
 
