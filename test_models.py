@@ -4494,7 +4494,7 @@ def test_torchrun_has_one_writer_and_saves_everyones_random_state(run_folder):
                               env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
 
     done = launch(2)
-    assert done.returncode == 0 and done.stdout.count("| gridconv-synthetic |") == 1, done.stderr[-2000:]
+    assert done.returncode == 0 and done.stdout.count("| gridconv-synthetic ") == 1, done.stderr[-2000:]
     state = data.read_torch(run_folder / "run" / "last.pt")
     assert len(state["random"]) == 2 and not torch.equal(state["random"][0][0], state["random"][1][0])
     assert json.loads((run_folder / "run" / "result.json").read_text())["device"].startswith("2 x ")
@@ -4946,7 +4946,8 @@ def test_files_of_any_other_structure_end_in_one_line(tmp_path_factory, everythi
     kind = {"h36m": "h36m", "huma": "humaneva", "3dhp": "3dhp", "unno": "gridconv"}[re.search("h36m|huma|3dhp|unno", name)[0]]
     recipe = recipe_of(data=kind, skeleton={"humaneva": "humaneva15", "3dhp": "3dhp17"}.get(kind, "h36m17"))
     try:
-        store = evaluation.make_store(SimpleNamespace(**vars(recipe), normalise="width", target="camera"), folder, "test", torch.device("cpu"))
+        recipe = SimpleNamespace(**vars(recipe), normalise="width", target="camera", cameras="recorded", noise=0.0, missing=0.0)
+        store = evaluation.make_store(recipe, folder, "test", torch.device("cpu"))
         assert torch.isfinite(store.input).all() and torch.isfinite(store.target).all()
     except InputError as error:
         assert "\n" not in str(error) and len(str(error)) < 600

@@ -200,9 +200,9 @@ def _recipes():
     add("gridconv-mocap", "open mocap benchmark", base=small)
     add("gridconv-mocap-learnable", "open mocap benchmark", base=small, layout="autogrids", noise_epochs=1.2)
     small_gla = Recipe(data="mocap", method="glagcn", normalise="release-500", dropout=0.0, loss="mpjpe",
-                       lr=3e-3, batch=64, epochs=3.0, schedule="cosine-smooth", channels=32, head_scale=0.1,
+                       lr=1.2e-2, batch=64, epochs=3.0, schedule="cosine-smooth", channels=32, head_scale=0.1, unshared_weight=1.0,
                        filter_widths=(3,) * 3, ours="everything but the network")
-    add("glagcn-mocap", "open mocap benchmark", base=small_gla)
+    add("glagcn-mocap", "open mocap benchmark", base=small_gla, epochs=4.0, precision="bf16")
     # Any video: other cameras, noise and gaps every epoch, mirrored bodies; flips double an epoch, so half as many
     wild = dict(normalise="longest", cameras="random", noise=0.01, missing=0.1, flips=True)
     add("gridconv-wild", "lifting any video", base=small, **{**wild, "epochs": 6.0, "eval_every": 2})
@@ -360,6 +360,7 @@ def processes(device):
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     try:
         yield dist.get_rank(), dist.get_world_size(), device
+        dist.barrier()  # who leaves first would break the others' connections
     finally:
         dist.destroy_process_group()
 
