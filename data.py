@@ -9,6 +9,7 @@ that admits arrays, numbers, strings and plain containers and refuses everything
 """
 import argparse
 import collections
+import functools
 import io
 import json
 import os
@@ -554,35 +555,58 @@ def detect(pose_2d, first, last, noise, missing, generator):
 # ---------------------------------------------------------------------------------------------------------------------
 # Restricted reading: files with pickled objects, without running what they contain
 
-def _numpy_array(*_):
-    return np.ndarray((0,), "b")  # filled by its own __setstate__
+class _DType:
+    """Stands for a NumPy dtype in a pickle: numbers, strings or objects. NumPy's own would believe any flags and fields,
+    and with those read addresses from the file."""
+
+    def __init__(self, code, *_):
+        self.dtype = np.dtype(code)
+        if self.dtype.kind not in "biufcSUO":
+            raise pickle.UnpicklingError(f"values of type {self.dtype}, which are refused")
+
+    def __setstate__(self, state):
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array(np.ndarray):
+    """An array that a pickle makes empty and fills then, once it holds as much as its shape claims."""
+
+    def __setstate__(self, state):
+        version, shape, dtype, fortran, values = state
+        claimed = int(np.prod(shape, dtype=object)) * (1 if dtype.dtype.hasobject else dtype.dtype.itemsize)
+        if len(values) != claimed:
+            raise pickle.UnpicklingError(f"an array of shape {shape} with {len(values)} for {claimed} bytes or objects")
+        super().__setstate__((version, shape, dtype.dtype, fortran, values))
+
+
+def _numpy_scalar(kind, value):
+    return value if kind.dtype.hasobject else np.frombuffer(
+        value.encode("latin1") if isinstance(value, str) else value, kind.dtype)[0]
 
 
 def _latin1(text, encoding="latin1"):  # how Python 3 writes bytes with protocol 2
     return text.encode("latin1")
 
 
-def _torch_tensor(storage, offset, size, stride, *_):
-    if offset + sum((n - 1) * step for n, step in zip(size, stride)) >= storage._size() and 0 not in size:
-        raise pickle.UnpicklingError(f"a tensor of size {tuple(size)} in a storage of {storage._size()} values")
-    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, False, collections.OrderedDict())
+def _torch_tensor(values, offset, size, stride, *_):
+    return values.as_strided(size, stride, offset)  # within the storage, or a RuntimeError
 
 
-_ADMITTED = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
+_ADMITTED = {("numpy", "ndarray"): "array", ("numpy", "dtype"): _DType,  # the first is an argument, and cannot be called
              ("collections", "OrderedDict"): collections.OrderedDict,
              ("collections", "defaultdict"): collections.defaultdict, ("_codecs", "encode"): _latin1}
 for _module in ("numpy.core", "numpy._core"):  # NumPy 1 and 2
-    _ADMITTED[_module + ".multiarray", "_reconstruct"] = _numpy_array
-    _ADMITTED[_module + ".multiarray", "scalar"] = np.float64(0).__reduce__()[0]
-    _ADMITTED[_module + ".numeric", "_frombuffer"] = lambda data, dtype, shape, order: (
-        np.frombuffer(data, dtype).reshape(shape, order=order))
+    _ADMITTED[_module + ".multiarray", "_reconstruct"] = lambda *_: _Array(0, "b")  # filled by its own __setstate__
+    _ADMITTED[_module + ".multiarray", "scalar"] = _numpy_scalar
+    _ADMITTED[_module + ".numeric", "_frombuffer"] = lambda data, kind, shape, order: (
+        np.frombuffer(data, kind.dtype).reshape(shape, order=order))
 for _module in ("builtins", "__builtin__"):  # Python 3 and 2
     _ADMITTED.update({(_module, kind.__name__): kind for kind in (list, dict, set, frozenset, complex)})
     _ADMITTED[_module, "bytes"] = lambda: b""
 _TORCH = {("torch._utils", "_rebuild_tensor"): _torch_tensor, ("torch._utils", "_rebuild_tensor_v2"): _torch_tensor,
           ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor, ("torch", "Size"): torch.Size,
           ("torch", "device"): torch.device,
-          **{("torch", f"{kind}Storage"): getattr(torch, f"{kind}Storage") for kind in (
+          **{("torch", f"{kind}Storage"): getattr(torch, {"Char": "int8", "Byte": "uint8"}.get(kind, kind.lower())) for kind in (
               "Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")}}
 
 
@@ -601,9 +625,12 @@ class _Inert:
     __setstate__ = append = extend = add = update = __setitem__ = _ignore
 
 
-def _unpickler(admitted, inert=False):
-    """An Unpickler class that resolves the admitted names, refuses others or gives inert placeholders for them."""
-    class Unpickler(pickle.Unpickler):
+def _unpickle(file, admitted, inert=False, storage=None):
+    """The next object of a file of pickles: admitted names are resolved, others refused or made inert placeholders.
+
+    Python's own unpickler rather than C's, which allocates as much as a number in the file says.
+    """
+    class Unpickler(pickle._Unpickler):
         def find_class(self, module, name):
             if (module, name) in admitted:
                 return admitted[module, name]
@@ -611,7 +638,10 @@ def _unpickler(admitted, inert=False):
                 return type(name.rpartition(".")[2] or "Inert", (_Inert,), {})
             raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which is refused: only arrays, numbers, "
                                          "strings and plain containers are read")
-    return Unpickler
+
+        def persistent_load(self, saved):
+            return storage(*saved)
+    return Unpickler(file, encoding="latin1").load()
 
 
 def _unreadable(path, error):
@@ -619,70 +649,98 @@ def _unreadable(path, error):
                       "unsafe: fetch or make it again")
 
 
-def _read_npy(file, size):
-    """One member of an npz, `size` bytes by the archive's directory."""
+def _read_npy(content):
+    """The array of an npy file, given as bytes."""
+    file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"npy format {version}")
     shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(file)
     if dtype.hasobject:
-        array = _unpickler(_ADMITTED)(file, encoding="latin1").load()
+        array = _unpickle(file, _ADMITTED)
         if not isinstance(array, np.ndarray) or array.shape != shape:
             raise ValueError("the pickled member is not the array that its header describes")
         return array
-    claimed = int(np.prod(shape, dtype=object)) * dtype.itemsize
-    if claimed != size - file.tell():  # before anything of that size is allocated
-        raise ValueError(f"its header claims {claimed} bytes of data, the file holds {size - file.tell()}")
-    return np.frombuffer(file.read(), dtype).reshape(shape, order="F" if fortran else "C")
+    claimed, held = int(np.prod(shape, dtype=object)) * dtype.itemsize, len(content) - file.tell()
+    if claimed != held:
+        raise ValueError(f"its header claims {claimed} bytes of data, the file holds {held}")
+    return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
 
 
 def read_npz(path, remedy="check the path"):
     """{key: array} of a NumPy archive, or of one .npy file. Pickles are read without running code; see `_ADMITTED`.
 
-    Raises InputError where the file is missing, damaged, claims more data than it holds, or names anything else.
+    Raises InputError where the file is missing, damaged (each member of an archive has a checksum, an .npy file has
+    none), claims more data than it holds, or names anything else.
     """
     path = _existing(path, remedy)
     try:
         if path.suffix.lower() == ".npy":
-            with open(path, "rb") as file:
-                return {path.stem: _read_npy(file, path.stat().st_size)}
-        with zipfile.ZipFile(path) as archive:
-            members = {}
-            for info in archive.infolist():
-                with archive.open(info) as file:
-                    members[info.filename.removesuffix(".npy")] = _read_npy(file, info.file_size)
-            return members
+            return {path.stem: _read_npy(path.read_bytes())}
+        with zipfile.ZipFile(path) as archive:  # read() checks the checksum, before anything is made of what it returns
+            return {info.filename.removesuffix(".npy"): _read_npy(archive.read(info)) for info in archive.infolist()}
     except Exception as error:  # a hostile or damaged pickle may raise anything
         raise _unreadable(path, error) from None
-
-
-class _Stream(io.BufferedReader):
-    """A file without a descriptor: keeps torch from unpacking its oldest (tar) format, which writes files."""
-
-    def fileno(self):
-        raise io.UnsupportedOperation("fileno")
 
 
 def read_torch(path, inert=False, remedy="check the path"):
     """The object in a `torch.save` file, legacy or zip, on the CPU, read without running code from the file.
 
     `inert=True` puts inert placeholders where the file names an unknown class (released checkpoints hold whole
-    optimisers); otherwise such a file is refused by that name. Raises InputError like `read_npz`.
+    optimisers); otherwise such a file is refused by that name. Raises InputError like `read_npz`: zip files have
+    checksums, which torch.load does not look at; legacy files have none.
     """
     path = _existing(path, remedy)
-    unpickler = _unpickler({**_ADMITTED, **_TORCH}, inert)
-    module = types.SimpleNamespace(Unpickler=unpickler, load=lambda file, **options: unpickler(file, **options).load(),
-                                   loads=lambda data, **options: unpickler(io.BytesIO(data), **options).load(),
-                                   __name__="restricted")
+    read, storages = functools.partial(_unpickle, admitted={**_ADMITTED, **_TORCH}, inert=inert), {}
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if any(name.endswith("constants.pkl") for name in archive.namelist()):
+                names = {name.partition("/")[2]: name for name in archive.namelist()}
+                if "constants.pkl" in names:
                     raise ValueError("it is a TorchScript program, which is refused")
-        with _Stream(io.FileIO(path)) as file:
-            return torch.load(file, map_location="cpu", pickle_module=module, weights_only=False, encoding="latin1")
+                if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
+                    raise ValueError("its numbers are big-endian")
+
+                def storage(_, dtype, key, place, count):
+                    if key not in storages:
+                        storages[key] = _values(archive.read(names[f"data/{key}"]), dtype, count)
+                    return storages[key]
+                return read(io.BytesIO(archive.read(names["data.pkl"])), storage=storage)
+        with open(path, "rb") as file:
+            return _read_legacy(file, read, storages)
     except Exception as error:
         raise _unreadable(path, error) from None
+
+
+def _values(content, dtype, count):
+    """`count` values of a torch dtype, (count,), from their bytes."""
+    if len(content) != count * dtype.itemsize:
+        raise ValueError(f"it claims {count} values of {dtype}, and holds {len(content)} bytes of them")
+    return torch.frombuffer(bytearray(content), dtype=dtype) if count else torch.empty(0, dtype=dtype)
+
+
+def _read_legacy(file, read, storages):
+    """torch.save's format until 1.5: pickles of a number, the version, the machine, the object and its storages' names,
+    then for each of these the number of its values and their bytes."""
+    if read(file) != 0x1950a86a20f9469cfc6c or read(file) != 1001 or read(file)["little_endian"] is not True:
+        raise ValueError("no torch.save file of a version known here")
+    size = os.fstat(file.fileno()).st_size
+
+    def storage(kind, *saved):
+        if kind == "module":  # a whole module's class beside its source
+            return saved[0]
+        dtype, key, _, count, view = saved
+        if not 0 <= count * dtype.itemsize <= size:
+            raise ValueError(f"it claims {count} values of {dtype}, and holds {size} bytes")
+        values = storages.setdefault(key, torch.zeros(count, dtype=dtype))
+        return values[view[1]:view[1] + view[2]] if view else values
+    content = read(file, storage=storage)
+    for key in read(file):
+        count = int.from_bytes(file.read(8), "little", signed=True)
+        if count != len(storages[key]):
+            raise ValueError(f"it claims {len(storages[key])} values, then {count}")
+        storages[key].copy_(_values(file.read(count * storages[key].itemsize), storages[key].dtype, count))
+    return content
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4946,7 +4946,8 @@ def test_files_of_any_other_structure_end_in_one_line(tmp_path_factory, everythi
     kind = {"h36m": "h36m", "huma": "humaneva", "3dhp": "3dhp", "unno": "gridconv"}[re.search("h36m|huma|3dhp|unno", name)[0]]
     recipe = recipe_of(data=kind, skeleton={"humaneva": "humaneva15", "3dhp": "3dhp17"}.get(kind, "h36m17"))
     try:
-        store = evaluation.make_store(SimpleNamespace(**vars(recipe), normalise="width", target="camera"), folder, "test", torch.device("cpu"))
+        wanted = SimpleNamespace(**vars(recipe), normalise="width", target="camera", cameras="recorded", noise=0.0, missing=0.0)
+        store = evaluation.make_store(wanted, folder, "test", torch.device("cpu"))
         assert torch.isfinite(store.input).all() and torch.isfinite(store.target).all()
     except InputError as error:
         assert "\n" not in str(error) and len(str(error)) < 600
