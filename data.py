@@ -62,8 +62,9 @@ def run(main):
         sys.exit(2)
 
 
-def write_atomically(path, write):
-    """`write(file)` into a temporary file beside `path`, flushed to the disk, then renamed: whole or not at all.
+def write_atomically(path, write, previous=None):
+    """`write(file)` into a temporary file beside `path`, flushed to the disk, then renamed: whole or not at all. What
+    stood at `path` is renamed to `previous` before, where that is given.
 
     Raises InputError where the folder cannot be made or written; whatever stood at `path` before then stands there
     still.
@@ -76,9 +77,14 @@ def write_atomically(path, write):
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another folder") from error
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch's writers end a full disk in their own
+        if not isinstance(cause, OSError):
+            raise
+        raise InputError(f"{path}: cannot be written ({cause.strerror or cause}); make room or choose another folder") from error
     finally:
         try:
             temporary.unlink()
@@ -95,6 +101,15 @@ def _existing(path, remedy):
         raise Missing(f"{path}: not found; {remedy}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); allow it, or name another") from None
+
+
+def read_json(path, remedy="name a JSON file"):
+    """What a JSON file holds; InputError where there is none, or something else."""
+    text = _existing(path, remedy).read_bytes()
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}); write it again") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,7 +348,8 @@ def _poses(value, where, widths):
 
 
 def _sequence(where, pose_2d, points, root_joint, *, valid=None, cut=True, **fields):
-    """A checked Sequence from 2D (T', J, 2|3) pixels and camera-space points (T, J, 3) metres; T' > T is cut to T."""
+    """A checked Sequence from 2D (T', J, 2|3) pixels and camera-space points (T, J, 3) metres; T' > T is cut to T. `where`
+    is the file, or both files."""
     where = f"{where}: {fields['subject']} {fields['action']} camera {fields['camera']}"
     pose_2d, points = _poses(pose_2d, where + ": 2D", (2, 3)), _poses(points, where + ": 3D", (3,))
     frames, joints = points.shape[:2]
@@ -343,13 +359,15 @@ def _sequence(where, pose_2d, points, root_joint, *, valid=None, cut=True, **fie
         raise InputError(f"{where}: no frames; remove the sequence from both files")
     if len(pose_2d) < frames or (len(pose_2d) != frames and not cut):
         raise InputError(f"{where}: 2D has {len(pose_2d)} frames, 3D has {frames}; make both from the same recording")
-    pose_2d = pose_2d[:frames, :, :2]  # a third column is a confidence
-    _check_finite(pose_2d, where + ", 2D")
-    _check_finite(points, where + ", 3D")
     root = points[:, root_joint]
+    with np.errstate(over="ignore", invalid="ignore"):  # what is too large for float32 becomes infinite, and is refused
+        pose_2d = pose_2d[:frames, :, :2].astype(np.float32)  # a third column is a confidence
+        pose_3d, root = (points - root[:, None]).astype(np.float32), root.astype(np.float32)
+    _check_finite(pose_2d, where + ", 2D")
+    _check_finite(pose_3d, where + ", 3D")
+    _check_finite(root, where + ", root")
     fields["intrinsics"] = np.asarray(fields["intrinsics"], np.float32)
-    return Sequence(pose_2d=pose_2d.astype(np.float32), pose_3d=(points - root[:, None]).astype(np.float32),
-                    root=root.astype(np.float32), valid=valid, **fields)
+    return Sequence(pose_2d=pose_2d, pose_3d=pose_3d, root=root, valid=valid, **fields)
 
 
 class FrameStore:
@@ -1001,8 +1019,8 @@ def load_mocap(folder, name="mocap", keypoints="gt", split="train"):
         chosen = [i for i in range(len(clips)) if space["split"][i] == split]
         if not chosen:
             raise InputError(f"{paths[0]}: no clips in the split {split!r}; it has {', '.join(set(space['split']))}")
-        _check_finite(world, paths[0])
-        return [_sequence(clips[i], pixels[c, bounds[i]:bounds[i + 1]],
+        both = f"{paths[0]} and {paths[1].name}"
+        return [_sequence(f"{both}: {clips[i]}", pixels[c, bounds[i]:bounds[i + 1]],
                           world_to_camera(world[bounds[i]:bounds[i + 1]], space["extrinsics"][i, c]), 0, cut=False,
                           subject=str(space["subjects"][i]), action=str(space["actions"][i]), camera=str(camera),
                           intrinsics=space["intrinsics"][c], size=tuple(space["sizes"][c].tolist()),
@@ -1183,6 +1201,7 @@ def _videopose3d(folder, name, keypoints, subjects, cameras, remedy):
         for action in map(str, actions):
             where = f"{subject} {action}"
             world = _poses(_entry(actions, paths[0], remedy, action), f"{paths[0]}: {where}: 3D", (3,))
+            _check_finite(world, f"{paths[0]}: {where}: 3D")
             views = [None] * len(cameras)
             if image is not None:
                 views = _entry(image, paths[1], "make it from the same recordings as the 3D", subject, action)
@@ -1471,11 +1490,7 @@ def main():
 def _read_mapping(path):
     if path is None:
         return None
-    text = _existing(path, "name a JSON file").read_bytes()
-    try:
-        mapping = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
+    mapping = read_json(path)
     if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
         raise InputError(f'{path}: expected {{"our joint": "its joint", ...}}')
     return mapping

@@ -4494,7 +4494,7 @@ def test_torchrun_has_one_writer_and_saves_everyones_random_state(run_folder):
                               env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
 
     done = launch(2)
-    assert done.returncode == 0 and done.stdout.count("| gridconv-synthetic |") == 1, done.stderr[-2000:]
+    assert done.returncode == 0 and done.stdout.count("| gridconv-synthetic ") == 1, done.stderr[-2000:]
     state = data.read_torch(run_folder / "run" / "last.pt")
     assert len(state["random"]) == 2 and not torch.equal(state["random"][0][0], state["random"][1][0])
     assert json.loads((run_folder / "run" / "result.json").read_text())["device"].startswith("2 x ")
