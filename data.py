@@ -2,6 +2,7 @@
 
     python data.py bvh FOLDER --out data --name mocap --test REGEX    # BVH clips -> training pairs
     python data.py check FOLDER                                       # what is there, what it allows to reproduce
+    python data.py scale                                              # seconds and memory of loading as much as Human3.6M
 
 Every loader returns a list of `Sequence`: 2D in pixels, 3D root-relative in the camera frame, in metres. A `FrameStore`
 holds such a list once on the device and gathers batches by index. Files with pickled objects are read by an unpickler
@@ -12,10 +13,15 @@ import collections
 import functools
 import io
 import json
+import math
+import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import sys
+import tempfile
+import time
 import traceback
 import types
 import zipfile
@@ -607,6 +613,8 @@ def _latin1(text, encoding="latin1"):  # how Python 3 writes bytes with protocol
 
 
 def _torch_tensor(values, offset, size, stride, *_):
+    if math.prod(size) > len(values):  # stride 0 makes any size of one value
+        raise pickle.UnpicklingError(f"a tensor of size {tuple(size)} in a storage of {len(values)} values")
     return values.as_strided(size, stride, offset)  # within the storage, or a RuntimeError
 
 
@@ -1452,8 +1460,50 @@ def check_folder(folder):
     return lines, unusable
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Scale
+
+def write_scale(folder, frames):
+    """Procedural motion in Human3.6M's two files: its seven subjects, 15 actions, two takes, four cameras and 32 joints, with
+    `frames` frames over all of them, in VideoPose3D's layout and marked as made by this project."""
+    space, image, wide = {}, {}, np.zeros(32, int)
+    wide[list(H36M_17_OF_32)] = range(17)
+    for number, subject in enumerate(H36M_EXTRINSICS):
+        for take in range(30):
+            world = _motion(np.random.default_rng((number, take)), list(MOTIONS)[take % len(MOTIONS)], 150, H36M_FPS, _BONES,
+                            np.zeros((17, 3))).astype(np.float32)
+            views = [project(world_to_camera(world, e), k) for e, k in zip(H36M_EXTRINSICS[subject], H36M_INTRINSICS)]
+            repeat = np.arange(frames // 840) % 150
+            name = f"action{take // 2} {take % 2}"
+            space.setdefault(subject, {})[name] = world[repeat][:, wide]
+            image.setdefault(subject, {})[name] = [view[repeat].astype(np.float32) for view in views]
+    np.savez(Path(folder) / "data_3d_h36m.npz", made_by=MADE_BY, positions_3d=np.array(space, object))
+    np.savez(Path(folder) / "data_2d_h36m_gt.npz", made_by=MADE_BY, positions_2d=np.array(image, object))
+
+
+def scale(frames):
+    """One line: how long loading `frames` frames of Human3.6M's size takes as training does it, and the most memory. The
+    files are written to a temporary folder and removed. InputError: too few frames, too little room there."""
+    import resource  # Linux and macOS
+    if frames < 840:
+        raise InputError(f"--frames {frames}: expected at least 840, a frame for each subject, action, take and camera")
+    with tempfile.TemporaryDirectory() as folder:
+        if shutil.disk_usage(folder).free < 300 * frames:
+            raise InputError(f"{folder}: {300 * frames / 1e9:.1f} GB of room needed; name another folder by TMPDIR")
+        writer = multiprocessing.get_context("spawn").Process(target=write_scale, args=(folder, frames))  # its memory is its own
+        writer.start()
+        writer.join()
+        megabytes, started = sum(path.stat().st_size for path in Path(folder).iterdir()) / 1e6, time.perf_counter()
+        recipe = types.SimpleNamespace(data="h36m", keypoints="gt", skeleton="h36m17", skip="")
+        stores = [FrameStore(load_dataset(recipe, folder, split), "width", SKELETONS["h36m17"]) for split in SPLITS]
+        seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (f"{sum(map(len, stores)):,} frames of {len(H36M_EXTRINSICS)} subjects, files of {megabytes:,.0f} MB: loaded for training "
+            f"and testing in {seconds:.1f} s, at most {peak / 1e9:.2f} GB of memory")
+
+
 def main():
-    """The command line: `bvh` and `check`."""
+    """The command line: `bvh`, `check` and `scale`."""
     parser = Parser(prog="data.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     bvh = commands.add_parser("bvh", help="BVH clips to training pairs")
@@ -1468,7 +1518,12 @@ def main():
     bvh.add_argument("--volume", type=float, default=CAPTURE_VOLUME, help="the pelvis stays within +- this (1.5 m)")
     check = commands.add_parser("check", help="what a data folder holds and allows to reproduce")
     check.add_argument("folder")
+    size = commands.add_parser("scale", help="seconds and memory of loading motion of Human3.6M's size")
+    size.add_argument("--frames", type=int, default=2_103_360, help="over the four cameras (2,103,360)")
     options = vars(parser.parse_args())
+    if options["command"] == "scale":
+        print(scale(options["frames"]))
+        return
     if options.pop("command") == "check":
         lines, unusable = check_folder(options["folder"])
         print("\n".join(lines))
