@@ -4,6 +4,7 @@
     pytest -m slow          # the long forms
 """
 
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -13,11 +14,15 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
+import time
+import traceback
 import types
 import zipfile
 from collections import OrderedDict
@@ -4385,6 +4390,147 @@ def test_training_beats_the_affine_yardstick(run_folder):
 
 
 data_synthesize_whole = data.synthesize
+
+
+# ---- nothing lost: kill -9, damaged checkpoints, full disks, signals
+
+KILLED_RUN = """
+import json, sys, torch._dynamo, test_models  # what an optimiser imports when it is made, once for all
+test_models.kill_and_continue(*sys.argv[1:3], **json.loads(sys.argv[3]))
+"""
+
+
+def in_processes(world, function, *arguments):
+    """Process numbers of `world` forks of this process, joined as under torchrun where there are two, that run the function."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(world):
+        children.append(os.fork())
+        if not children[-1]:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            status = 1
+            try:
+                function(*arguments)
+                status = 0
+            except SystemExit as stopped:
+                status = stopped.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+    return children
+
+
+def killed_recipe(method, epochs):
+    fields = dict(layout="autogrids", noise_epochs=1.0) if method == "gridconv" else {
+        **TINY_GLA, "reconstruct": True, "reconstruct_blocks": 1, "unshared_weight": 0.5, "stage_one_epochs": epochs / 2, "jitter": True,
+        "refine": True}
+    return tiny_recipe(**{**fields, "batch": 24, "dropout": 0.1, "epochs": epochs, "eval_every": 2, "noise": 0.01})
+
+
+def dying_at(operation, writes):
+    """From now on the process ends by SIGKILL before (an even number) or after the fsync, rename or, with `writes`, write of half
+    that number."""
+    count = iter(range(10 ** 9))
+
+    def deadly(real):
+        def wrapped(*arguments):
+            at = 2 * next(count)
+            if at == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = real(*arguments)
+            if at + 1 == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+        return wrapped
+
+    @contextlib.contextmanager
+    def unbuffered(path, mode="r"):
+        with open(path, mode, buffering=0) as file:
+            yield SimpleNamespace(write=deadly(file.write), flush=file.flush, fileno=file.fileno) if "w" in mode else file
+    if writes:
+        data.open = unbuffered
+    os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+
+
+def kill_and_continue(method, folder, world=1, kills=5, epochs=4.0, how="time"):
+    """In `folder`: the run `whole`, and the same run `killed-1`, ... until `kills` times it was ended by SIGKILL, after a random time
+    or at a random file operation, and then continued. Every step is saved."""
+    torch.set_num_threads(1)
+    folder, rng, recipe = Path(folder), random.Random(0), killed_recipe(method, epochs)
+    sequences = data.synthesize(0, subjects=("S1", "S9"), motions=("walk",), frames=24)
+    data.synthesize = lambda seed: [s for s in sequences if s.camera == "54138969"] * 2
+    train.SAVE_SECONDS = -1
+    run = lambda name: train.train(recipe, out=folder / name, device="cpu", quiet=True)
+    wait = lambda children: [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    started = time.perf_counter()
+    assert wait(in_processes(world, run, "whole")) == [0] * world
+    seconds, killed, finished = time.perf_counter() - started, 0, 0
+    while killed < kills:
+        name = f"killed-{finished}"
+        if how == "time":
+            children = in_processes(world, run, name)
+            time.sleep(rng.uniform(0.1, 0.8) * seconds)
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+        else:
+            writes = rng.random() < 0.5
+            operation = rng.randrange(1000 if writes else 25)
+            children = in_processes(world, lambda: (dying_at(operation, writes), run(name)))
+        status = wait(children)
+        assert set(status) <= {0, -9}, status
+        killed, finished = killed + (-9 in status), finished + (-9 not in status)
+    assert wait(in_processes(world, run, f"killed-{finished}")) == [0] * world
+
+
+def flat(value, place=""):
+    """{place: tensor or number} of everything in a nested state but times."""
+    if isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, part in items if key != "seconds" for k, v in flat(part, f"{place}/{key}").items()}
+    return {place: value}
+
+
+def assert_same_run(one, other):
+    """Every file of two finished runs holds the same bits, wall-clock times excepted."""
+    for file in ("last.pt", "best.pt"):
+        a, b = (flat(data.read_torch(run / file)) for run in (one, other))
+        assert a.keys() == b.keys() and len(a) > 20
+        for key in a:
+            assert torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key], key
+    logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(run / "log.csv"))] for run in (one, other)]
+    results = [flat(json.loads((run / "result.json").read_text())) for run in (one, other)]
+    assert logs[0] == logs[1] and results[0] == results[1]
+    assert not list(other.glob(".*.tmp"))
+
+
+def killed_run(tmp_path, method, **options):
+    driver = tmp_path / "driver.py"
+    driver.write_text(KILLED_RUN)
+    done = subprocess.run([sys.executable, str(driver), method, str(tmp_path), json.dumps(options)], capture_output=True, text=True, cwd=HERE,
+                          env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    for run in tmp_path.glob("killed-*"):
+        assert_same_run(tmp_path / "whole", run)
+
+
+@pytest.mark.parametrize("method, options", [("gridconv", dict(how="file", kills=12)), ("glagcn", dict(kills=2, epochs=2.0)), ("gridconv", dict(world=2, kills=2))],
+                         ids=["gridconv-files", "glagcn", "two-processes"])
+def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(tmp_path, method, options):
+    killed_run(tmp_path, method, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("how", ["time", "file"])
+@pytest.mark.parametrize("method", ["gridconv", "glagcn"])
+def test_killed_at_many_moments_a_run_goes_on_bit_for_bit(tmp_path, method, how, world):
+    if how == "file" and world == 2:
+        pytest.skip("only the first process writes: the other would wait for it")
+    killed_run(tmp_path, method, how=how, world=world, kills=100 // world, epochs=16.0)
 
 
 # --- several processes
