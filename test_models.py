@@ -16,6 +16,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import signal
 import socket
 import struct
@@ -4531,6 +4532,395 @@ def test_killed_at_many_moments_a_run_goes_on_bit_for_bit(tmp_path, method, how,
     if how == "file" and world == 2:
         pytest.skip("only the first process writes: the other would wait for it")
     killed_run(tmp_path, method, how=how, world=world, kills=100 // world, epochs=16.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gridconv", "glagcn"])
+def test_torchrun_killed_and_continued_is_the_same_run(tmp_path, method):
+    driver, environment = tmp_path / "driver.py", {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    driver.write_text(
+        "import sys, data, test_models, train; sequences = data.synthesize(0, subjects=('S1', 'S9'), motions=('walk',), frames=60)\n"
+        "data.synthesize = lambda seed: sequences\n"
+        "train.SAVE_SECONDS = -1\n"
+        "train.train(test_models.killed_recipe(sys.argv[1], 3.0), out=sys.argv[2], device='cpu', quiet=True)")
+
+    def launch(name):
+        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(driver), method,
+                                 str(tmp_path / name)], cwd=HERE, env=environment, stderr=subprocess.PIPE, text=True)
+    started, rng, killed = time.monotonic(), random.Random(1), 0
+    whole = launch("whole")
+    assert whole.wait() == 0, whole.stderr.read()
+    seconds = time.monotonic() - started
+    while killed < 5:
+        run = launch("killed")
+        time.sleep(rng.uniform(0.3, 0.9) * seconds)
+        workers = [int(child) for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+        for process in (run.pid, *workers):
+            os.kill(process, signal.SIGKILL)
+        run.wait()
+        killed += 1
+    run = launch("killed")
+    assert run.wait() == 0, run.stderr.read()
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    terminated = launch("terminated")
+    while not (tmp_path / "terminated" / "last.pt").exists():
+        time.sleep(0.05)
+    terminated.terminate()
+    asked = time.monotonic()
+    assert terminated.wait() != 0 and time.monotonic() - asked < 15  # torchrun's own status, after its own waiting
+    assert launch("terminated").wait() == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "terminated")
+
+
+@pytest.fixture
+def small_run(run_folder, monkeypatch):
+    """(recipe, train into a folder of that name): 8 steps an epoch, two epochs, every step saved."""
+    sequences = data.synthesize(0, subjects=("S1", "S9"), motions=("walk",), frames=32)
+    monkeypatch.setattr(data, "synthesize", lambda seed: sequences)
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
+    recipe = tiny_recipe(epochs=2.0, batch=16, anneal_epochs=2.0)
+    return recipe, lambda name, **fields: train.train(dataclasses.replace(recipe, **fields), out=run_folder / name, quiet=True)
+
+
+def stopped_at(monkeypatch, step, number=signal.SIGTERM):
+    """From now on that step of a run sends the process a signal."""
+    real = train.Run.train_step
+
+    def train_step(self, chunk):
+        real(self, chunk)
+        if self.step == step:
+            os.kill(os.getpid(), number)
+    monkeypatch.setattr(train.Run, "train_step", train_step)
+
+
+DAMAGE = {"truncated": lambda content: content[:len(content) // 2], "empty": lambda content: b"", "cut by one byte": lambda content: content[:-1],
+          "a bit of a weight": lambda content: flipped(content, len(content) // 2), "a bit of the pickle": lambda content: flipped(content, 300)}
+
+
+def flipped(content, at, bit=3):
+    content = bytearray(content)
+    content[at] ^= 1 << bit
+    return bytes(content)
+
+
+@pytest.mark.parametrize("how", [*DAMAGE, "missing"])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_continues(small_run, run_folder, monkeypatch, capsys, how):
+    recipe, run = small_run
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 11)
+        with pytest.raises(SystemExit):
+            run("parts")
+    last, previous = run_folder / "parts" / "last.pt", run_folder / "parts" / "previous.pt"
+    assert (data.read_torch(last)["step"], data.read_torch(previous)["step"]) == (11, 10)
+    last.unlink() if how == "missing" else last.write_bytes(DAMAGE[how](last.read_bytes()))
+    (run_folder / "parts" / ".last.pt.1.tmp").write_bytes(b"what a killed process was writing")
+    again, real = [], train.Run.train_step
+    monkeypatch.setattr(train.Run, "train_step", lambda self, chunk: (again.append(self.step), real(self, chunk))[1])
+    run("parts")
+    told = capsys.readouterr().err
+    assert again[0] == 10 and told.startswith("warning: ") and "last.pt: " in told and "continuing from the checkpoint before it" in told
+    run("whole")
+    assert_same_run(run_folder / "whole", run_folder / "parts")
+
+
+def test_two_damaged_checkpoints_are_one_clear_line(small_run, run_folder):
+    recipe, run = small_run
+    run("run")
+    for name in ("last.pt", "previous.pt"):
+        (run_folder / "run" / name).write_bytes(flipped((run_folder / "run" / name).read_bytes(), 5000))
+    with pytest.raises(InputError, match="last.pt: cannot be read: .*previous.pt whole: remove both to begin anew"):
+        run("run")
+
+
+def test_a_full_disk_is_one_clear_line_and_the_old_checkpoint_whole(small_run, run_folder, monkeypatch):
+    recipe, run = small_run
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 3)
+        with pytest.raises(SystemExit):
+            run("parts")
+    last = run_folder / "parts" / "last.pt"
+    before, limits = last.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (100, len(before) // 3, len(before) - 1):  # every writer ends in an OSError there, as on a full disk
+        real = train.Run.save
+
+        def save(self):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+            try:
+                real(self)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Run, "save", save)
+            with pytest.raises(InputError, match=r"last.pt: cannot be written \(File too large\); make room") as error:
+                run("parts")
+        assert "\n" not in str(error.value) and last.read_bytes() == before and not list(last.parent.glob(".*tmp"))
+    run("parts"), run("whole")
+    assert_same_run(run_folder / "whole", run_folder / "parts")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to take its own permission away")
+def test_a_read_only_folder_is_one_clear_line_and_the_old_checkpoint_whole(small_run, run_folder, monkeypatch):
+    recipe, run = small_run
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 3)
+        with pytest.raises(SystemExit):
+            run("parts")
+    last = run_folder / "parts" / "last.pt"
+    before = last.read_bytes()
+    run_folder.parent.chmod(0o755), run_folder.chmod(0o755), last.parent.chmod(0o555)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(InputError, match="parts: cannot make the output folder: Permission denied; choose another --out"):
+            run("parts")
+        with pytest.raises(InputError, match="last.pt: cannot be written .Permission denied.*another folder"):
+            data.write_atomically(last, lambda file: file.write(b"new"), last.with_name("previous.pt"))
+    finally:
+        os.seteuid(0)
+    assert last.read_bytes() == before
+
+
+def test_a_folder_is_refused_while_its_run_lives_and_not_after_it_was_killed(small_run, run_folder):
+    recipe, run = small_run
+    ready, says = os.pipe()
+    child = os.fork()
+    if not child:
+        with train.locked(run_folder / "run"):
+            os.write(says, b".")
+            time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    try:
+        with pytest.raises(train.Busy, match="run: another run is writing there; wait for it or choose another --out"):
+            run("run")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert run("run")["last"]
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("where", ["predict", "score", "yardsticks", "save"])
+def test_a_signal_ends_steps_evaluations_and_saving_without_a_trace(small_run, run_folder, monkeypatch, number, status, where):
+    recipe, run = small_run
+    run("whole")
+    once = []
+
+    def interrupted(real):
+        def function(*arguments, **options):
+            if not once:
+                once.append("asked")
+                os.kill(os.getpid(), number)
+                for _ in range(1000):  # a signal's handler comes between two of Python's own steps
+                    pass
+                once.append("went on")
+            return real(*arguments, **options)
+        return function
+    owner = train.Run if where == "save" else evaluation
+    monkeypatch.setattr(owner, where, interrupted(getattr(owner, where)))
+    with pytest.raises(SystemExit) as stopped:
+        run("parts")
+    assert stopped.value.code == status and not (run_folder / "parts" / "result.json").exists()
+    assert ("went on" in once) == (where == "save")
+    state = data.read_torch(run_folder / "parts" / "last.pt")
+    assert (state["step"], len(state["history"])) == {"predict": (8, 0), "score": (8, 0), "yardsticks": (16, 2), "save": (2, 0)}[where]
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    run("parts")
+    assert_same_run(run_folder / "whole", run_folder / "parts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["gridconv-synthetic", "gridconv-synthetic-learnable", "glagcn-synthetic"])
+def test_signals_end_the_embedded_default_within_five_seconds(tmp_path, recipe):
+    rng = random.Random(recipe)
+    for trial in range(8):
+        number, status = ((signal.SIGTERM, 143), (signal.SIGINT, 130))[trial % 2]
+        run = subprocess.Popen([sys.executable, str(HERE / "train.py"), recipe, "--epochs", "2", "--eval-every", "1", "--out", str(tmp_path)],
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        while not (tmp_path / "lock").exists():
+            time.sleep(0.1)
+        time.sleep(10 if trial == 0 else rng.uniform(15, 60))
+        asked = time.monotonic()
+        run.send_signal(number)
+        assert run.wait() in (status, 0) and time.monotonic() - asked < 5, (trial, time.monotonic() - asked)
+
+
+# ---- nothing lost: numbers
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(small_run, run_folder, monkeypatch):
+    recipe, run = small_run
+    real = train.batch_loss
+    for what, says in (("loss", "the loss of step 6 is nan: stopped, .*last.pt holds the last good state"),
+                       ("weights", "the loss is finite, but some weights after step 6 are not: stopped, .*last.pt holds the last good")):
+        count = iter(range(1, 99))
+
+        def batch_loss(*arguments):
+            loss, prediction = real(*arguments)
+            if next(count) == 6:
+                return (loss * math.nan, prediction) if what == "loss" else (loss + (prediction - prediction).sqrt().sum(), prediction)
+            return loss, prediction
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "batch_loss", batch_loss)
+            with pytest.raises(InputError, match=says):
+                run(what)
+        state = data.read_torch(run_folder / what / "last.pt")
+        assert state["step"] == 5 and all(torch.isfinite(value).all() for value in state["model"].values())
+    broken = state["model"] | {"last.weight": torch.full((1,), math.nan)}
+    torch.save({**state, "model": broken}, run_folder / "nan.pt")
+    with pytest.raises(InputError, match="nan.pt: last.weight has NaN or infinite weights"):
+        evaluation.load_model(run_folder / "nan.pt")
+
+
+def test_gradients_are_clipped_as_the_recipe_says(run_folder):
+    norms = []
+    for clip in (0.0, 1e-3):
+        run = make_run(run_folder, clip=clip)
+        step = run.optimizer.step
+        run.optimizer.step = lambda: (norms.append(torch.stack([p.grad.norm() for p in run.model.parameters()]).norm().item()), step())
+        run.begin_epoch(0)
+        run.train_step(next(iter(run.batches(train.epoch_order(run.recipe, len(run.store), 0)))))
+    assert norms[0] > 0.01 and norms[1] == pytest.approx(1e-3, rel=1e-3)
+
+
+# ---- no one let in: hostile and damaged files of every format
+
+def good_files(folder, frames=4):
+    """{name: (loads that file, whether its format has a checksum)}: small files of every format, written to `folder`."""
+    rng, files = np.random.default_rng(0), {}
+    world = {s: {"Walking 1": rng.normal(0, 0.3, (frames, 32, 3)).astype(np.float32) + [0, 0, 1]} for s in ("S1", "S9")}
+    write_objects(folder / "data_3d_h36m.npz", positions_3d=world)
+    write_objects(folder / "data_2d_h36m_gt.npz", True, 2, positions_2d=views_of(world), metadata=META)
+    h36m = lambda: data.load_h36m(folder, "gt", ("S1", "S9"))
+    files |= {"data_3d_h36m.npz": (h36m, True), "data_2d_h36m_gt.npz": (h36m, True)}
+    eva = {f"Train/S{i}": {"Jog 1 chunk0": rng.normal(0, 0.4, (frames, 15, 3))} for i in (1, 2, 3)}
+    np.savez_compressed(folder / "data_3d_humaneva15.npz", positions_3d=np.array(eva, object))
+    write_objects(folder / "data_2d_humaneva15_gt.npz", positions_2d={
+        s: {a: [rng.uniform(0, 480, (frames, 15, 2)) for _ in range(3)] for a in actions} for s, actions in eva.items()})
+    humaneva = lambda: data.load_humaneva(folder)
+    files |= {"data_3d_humaneva15.npz": (humaneva, True), "data_2d_humaneva15_gt.npz": (humaneva, True)}
+    write_objects(folder / "data_test_3dhp.npz", data={"TS1": {**raw_3dhp(rng, frames), "valid": np.ones(frames)}})
+    files["data_test_3dhp.npz"] = lambda: data.load_3dhp(folder, "test"), True
+    (folder / "clips").mkdir()
+    for name in ("walk", "bow"):
+        (folder / "clips" / f"{name}.bvh").write_text(write_bvh(*person(bandai_names(), seed=1, frames=frames)))
+    data.convert_bvh(folder / "clips", folder, "mocap", "bow")
+    mocap = lambda: data.load_mocap(folder)
+    files |= {"data_3d_mocap.npz": (mocap, True), "data_2d_mocap_gt.npz": (mocap, True)}
+    files["clips/walk.bvh"] = lambda: data.read_bvh(folder / "clips" / "walk.bvh"), False
+    custom = {"metadata": {"layout_name": "coco", "num_joints": 17, "video_metadata": {"v.mp4": {"w": 1920, "h": 1080}}},
+              "positions_2d": {"v.mp4": {"custom": [_kp_body(frames)]}}}
+    write_objects(folder / "data_2d_custom_v.npz", **custom)
+    np.save(folder / "keypoints.npy", _kp_body(frames))
+    _kp_json(folder / "keypoints.json", _kp_list(_kp_body(frames)))
+    for name in ("data_2d_custom_v.npz", "keypoints.npy", "keypoints.json"):
+        files[name] = lambda path=folder / name: evaluation.read_keypoints(path), name.endswith(".npz")
+    for legacy in (True, False):
+        place = folder / ("legacy" if legacy else "zip")
+        gridconv_archives(place, {"S1": {"Walking 1": np.tile(world["S1"]["Walking 1"], (2, 1, 1))[:8]}}, ("S1",), "train", legacy)
+        for kind in ("2d", "3d"):
+            files[f"{place.name}/train_custom_{kind}_unnorm.pth.tar"] = lambda place=place: data.load_gridconv(place), not legacy
+        save = functools.partial(torch.save, _use_new_zipfile_serialization=not legacy, pickle_protocol=2)
+        save({"epoch": 9, "state_dict": _ev_released_gridconv("dynamic", 4), "optimizer": EvUnknownOptimizer()}, place / "gridconv.pth.tar")
+        save({"epoch": 6, "random_state": np.random.RandomState(0), "model_pos": _ev_released_glagcn(15, 1, 4)}, place / "glagcn.bin")
+        files[f"{place.name}/gridconv.pth.tar"] = lambda place=place: weights_in(place / "gridconv.pth.tar", padding=("zeros",) * 2), not legacy
+        files[f"{place.name}/glagcn.bin"] = lambda place=place: weights_in(place / "glagcn.bin", filter_widths=(3,)), not legacy
+    (folder / "runs").mkdir()
+    train.train(tiny_recipe(name="own", epochs=0.01), out=folder / "runs" / "own", quiet=True)
+    files["runs/own/best.pt"] = lambda: weights_in(folder / "runs" / "own" / "best.pt"), True
+    files["runs/own/last.pt"] = lambda: flat(data.read_torch(folder / "runs" / "own" / "last.pt")), True
+    files["runs/own/result.json"] = lambda: train.write_report(folder / "runs"), False
+    return files
+
+
+def weights_in(path, **options):
+    model = evaluation.load_model(path, **options)
+    return [vars(model.recipe), model.state_dict()]
+
+
+def mutated(content, rng):
+    """The content with one thing changed: bits, bytes, a length field, a part cut out, repeated, moved or zeroed, the end cut off."""
+    content, kind = bytearray(content), rng.randrange(9)
+    at, span = rng.randrange(len(content)), rng.choice((1, 2, 4, 8, 64, 1000))
+    if kind == 0:
+        content[at] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        for _ in range(rng.randrange(1, 20)):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+    elif kind == 2:
+        del content[at:]
+    elif kind == 3:
+        del content[at:at + span]
+    elif kind == 4:
+        content[at:at] = rng.randbytes(span)
+    elif kind == 5:
+        content[at:at + span] = bytes(len(content[at:at + span]))
+    elif kind == 6:  # a length
+        width = rng.choice((1, 2, 4, 8))
+        value = rng.choice((0, 1, 255, 2 ** (8 * width) - 1, 2 ** (8 * width - 1), 10 ** 12))
+        content[at:at + width] = (value % 2 ** (8 * width)).to_bytes(width, "little")
+    elif kind == 7:
+        content[at:at] = content[at:at + span]
+    else:  # text: another number or sign
+        content[at:at + 1] = rng.choice((b"0", b"9", b"-", b"e", b".", b'"', b"[", b"}", b"NaN", b"1e999", b"999999999999"))
+    return bytes(content)
+
+
+def same_values(one, other):
+    """Whether two nested values are equal to the last bit."""
+    if dataclasses.is_dataclass(one):
+        one, other = vars(one), vars(other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_values(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same_values, one, other))
+    if torch.is_tensor(one):
+        return torch.equal(one, other)
+    return np.array_equal(one, other, equal_nan=np.asarray(one).dtype.kind == "f")
+
+
+def numbers_in(value):
+    """Every float in a nested value."""
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, (dict, list, tuple)):
+        return [number for part in (value.values() if isinstance(value, dict) else value) for number in numbers_in(part)]
+    value = np.asarray(value)
+    return list(value.ravel()) if value.dtype.kind == "f" else []
+
+
+def fuzz(folder, cases, capsys=None):
+    files = good_files(folder)
+    noticed = {}
+    for name, (load, checksum) in files.items():
+        path, rng, good = folder / name, random.Random(name), load()
+        content = path.read_bytes()
+        assert same_values(good, load())
+        for case in range(cases):
+            path.write_bytes(mutated(content, rng))
+            try:
+                got = load()
+            except InputError as error:
+                assert "\n" not in str(error) and len(str(error)) < 2000 and Path(name).name in str(error), (name, case, error)
+                noticed[name] = noticed.get(name, 0) + 1
+                continue
+            except BaseException as error:
+                error.add_note(f"{name}, case {case}")
+                raise
+            if checksum:  # what a format without one cannot tell: a changed number or name
+                assert same_values(good, got), (name, case)
+            elif not name.endswith("json"):
+                assert np.isfinite(numbers_in(got[1:] if name.endswith("bvh") else got)).all() or "npy" in name or "tar" in name, (name, case)
+        path.write_bytes(content)
+    assert all(noticed[name] > cases // 4 for name in files), noticed
+    return noticed
+
+
+def test_mutated_files_of_every_format_load_right_or_are_refused(run_folder):
+    fuzz(run_folder, 40)
+
+
+@pytest.mark.slow
+def test_mutated_files_of_every_format_many_times(run_folder):
+    print(fuzz(run_folder, 3000))
 
 
 # --- several processes
