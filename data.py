@@ -336,9 +336,9 @@ def action_class(action):
 
 
 def _check_finite(array, where):
-    finite = np.isfinite(array).reshape(len(array), -1).all(1)
+    finite = (np.abs(array) <= np.finfo(np.float32).max).all(tuple(range(1, array.ndim)))  # NaN is not
     if not finite.all():
-        raise InputError(f"{where}, frame {int(np.argmin(finite))}: NaN or infinite value; repair or remove it")
+        raise InputError(f"{where}, frame {int(np.argmin(finite))}: NaN or infinite value in float32; repair or remove it")
 
 
 def _poses(value, where, widths):
@@ -354,8 +354,7 @@ def _poses(value, where, widths):
 
 
 def _sequence(where, pose_2d, points, root_joint, *, valid=None, cut=True, **fields):
-    """A checked Sequence from 2D (T', J, 2|3) pixels and camera-space points (T, J, 3) metres; T' > T is cut to T. `where`
-    is the file, or both files."""
+    """A checked Sequence from 2D (T', J, 2|3) pixels and camera-space points (T, J, 3) metres; T' > T is cut to T."""
     where = f"{where}: {fields['subject']} {fields['action']} camera {fields['camera']}"
     pose_2d, points = _poses(pose_2d, where + ": 2D", (2, 3)), _poses(points, where + ": 3D", (3,))
     frames, joints = points.shape[:2]
@@ -365,15 +364,13 @@ def _sequence(where, pose_2d, points, root_joint, *, valid=None, cut=True, **fie
         raise InputError(f"{where}: no frames; remove the sequence from both files")
     if len(pose_2d) < frames or (len(pose_2d) != frames and not cut):
         raise InputError(f"{where}: 2D has {len(pose_2d)} frames, 3D has {frames}; make both from the same recording")
-    root = points[:, root_joint]
-    with np.errstate(over="ignore", invalid="ignore"):  # what is too large for float32 becomes infinite, and is refused
-        pose_2d = pose_2d[:frames, :, :2].astype(np.float32)  # a third column is a confidence
-        pose_3d, root = (points - root[:, None]).astype(np.float32), root.astype(np.float32)
+    pose_2d = pose_2d[:frames, :, :2]  # a third column is a confidence
     _check_finite(pose_2d, where + ", 2D")
-    _check_finite(pose_3d, where + ", 3D")
-    _check_finite(root, where + ", root")
+    _check_finite(points, where + ", 3D")
+    root = points[:, root_joint]
     fields["intrinsics"] = np.asarray(fields["intrinsics"], np.float32)
-    return Sequence(pose_2d=pose_2d, pose_3d=pose_3d, root=root, valid=valid, **fields)
+    return Sequence(pose_2d=pose_2d.astype(np.float32), pose_3d=(points - root[:, None]).astype(np.float32),
+                    root=root.astype(np.float32), valid=valid, **fields)
 
 
 class FrameStore:
@@ -602,6 +599,9 @@ class _Array(np.ndarray):
             raise pickle.UnpicklingError(f"an array of shape {shape} with {len(values)} for {claimed} bytes or objects")
         super().__setstate__((version, shape, dtype.dtype, fortran, values))
 
+    def __reduce_ex__(self, protocol):  # saved again it is an array like others
+        return self.view(np.ndarray).__reduce_ex__(protocol)
+
 
 def _numpy_scalar(kind, value):
     return value if kind.dtype.hasobject else np.frombuffer(
@@ -671,7 +671,8 @@ def _unpickle(file, admitted, inert=False, storage=None):
 
 
 def _unreadable(path, error):
-    return InputError(f"{path}: cannot be read: {error or type(error).__name__}; it is damaged, of another format or "
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return InputError(f"{path}: cannot be read: {reason}; it is damaged, of another format or "
                       "unsafe: fetch or make it again")
 
 
@@ -1256,7 +1257,7 @@ def load_gridconv(folder, split="train", keypoints="gt"):
     image, space = (read_torch(path, remedy=remedy) for path in paths)
     if not (isinstance(space, dict) and isinstance(image, dict) and space and image.keys() == space.keys()):
         raise InputError(f"{paths[0]} and {paths[1].name}: not two dictionaries of the same sequences; {remedy}")
-    sequences, source = [], _layout("Human3.6M", False)
+    sequences, source, both = [], _layout("Human3.6M", False), f"{paths[0]} and {paths[1].name}"
     for key, pixels in image.items():
         try:
             subject, _, (action, _, camera) = key[0], key[1], key[2].rpartition(".")
@@ -1269,7 +1270,7 @@ def load_gridconv(folder, split="train", keypoints="gt"):
         except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{paths[1]}: {key}: not as GridConv's archives are ({error}); {remedy}") from None
         sequences.append(_sequence(
-            paths[0], pixels, points, 0, cut=False, subject=subject, action=action, camera=camera,
+            both, pixels, points, 0, cut=False, subject=subject, action=action, camera=camera,
             intrinsics=intrinsics, size=size, fps=H36M_FPS, source=source))
     return sequences
 

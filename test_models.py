@@ -9,6 +9,7 @@ import copy
 import csv
 import dataclasses
 import functools
+import gc
 import io
 import json
 import math
@@ -4923,6 +4924,278 @@ def test_mutated_files_of_every_format_many_times(run_folder):
     print(fuzz(run_folder, 3000))
 
 
+def crafted(*parts):
+    """A pickle of protocol 2 from its parts: bytes as they are, names as globals."""
+    return b"\x80\x02" + b"".join(part if isinstance(part, bytes) else b"c%b\n%b\n" % tuple(map(str.encode, part)) for part in parts) + b"."
+
+
+ARRAY = (("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), b"K\x00\x85U\x01b\x87R")  # an empty array, to be filled
+KIND = (("numpy", "dtype"), b"U\x02O8\x89\x88\x87R", b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb")  # objects, without their flags
+TRILLION, GIB4 = b"\x8a\x06" + (10 ** 12).to_bytes(6, "little"), b"\x8a\x05" + (2 ** 32).to_bytes(5, "little")
+HOSTILE_PICKLES = {
+    "objects read from addresses in the file": crafted(*ARRAY, b"(K\x01)", *KIND, b"\x89U\x08AAAAAAAAtb"),
+    "a constructor that allocates": crafted(("numpy", "ndarray"), GIB4, b"\x85U\x01O\x86R"),
+    "objects of a claimed shape": crafted(*ARRAY, b"(K\x01", GIB4, b"\x85", *KIND, b"\x89]tb"),
+    "a memo of a claimed size": crafted(b"Nr" + struct.pack("<I", 2 ** 28), ("os", "getcwd")),
+    "bytes of a claimed length": crafted(b"\x8e" + struct.pack("<Q", 10 ** 12)),
+    "a structure with fields of its own": crafted(*ARRAY, b"(K\x01)", ("numpy", "dtype"), b"U\x02V8\x89\x88\x87R",
+                                                  b"(K\x03U\x01|NU\x01a\x85}U\x01a", *KIND, b"K\x00\x86sK\x08K\x01K\x00tb\x89U\x08AAAAAAAAtb"),
+    "code": crafted(("os", "system"), b"U\x0etouch /tmp/own\x85R"),
+}
+
+
+def npy_header(shape, descr="<f4"):
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {"descr": descr, "fortran_order": False, "shape": shape})
+    return head.getvalue()
+
+
+def torch_claiming(folder, legacy, count, size, stride):
+    """A torch file of four float32 values, whose storage claims `count` and whose tensor `size` and `stride`."""
+    path, values = folder / "claims.pt", io.BytesIO()
+    torch.save({"a": torch.arange(4.0)}, values, _use_new_zipfile_serialization=not legacy)
+    change = lambda content: content.replace(b"K\x04" + (b"N" if legacy else b"") + b"t", count + (b"N" if legacy else b"") + b"t").replace(
+        b"K\x04\x85", size + b"\x85").replace(b"K\x01\x85", stride + b"\x85")
+    if legacy:
+        path.write_bytes(change(values.getvalue()))
+    else:
+        with zipfile.ZipFile(values) as source, zipfile.ZipFile(path, "w") as archive:
+            for info in source.infolist():
+                content = source.read(info)
+                archive.writestr(info.filename, change(content) if info.filename.endswith("data.pkl") else content)
+    return path
+
+
+def hostile_files(folder):
+    """(what it is, loads it) of files that would run code, read foreign memory, or allocate what they only claim."""
+    for what, body in HOSTILE_PICKLES.items():
+        for name, kind in (("a.npz", "npz"), ("a.npy", "npy"), ("a.pt", "zip"), ("a.bin", "legacy")):
+            path, member = folder / name, npy_header((), "|O") + body
+            if kind == "npz":
+                with zipfile.ZipFile(path, "w") as archive:
+                    archive.writestr("positions_3d.npy", member)
+            elif kind == "npy":
+                path.write_bytes(member)
+            elif kind == "zip":
+                with zipfile.ZipFile(path, "w") as archive:
+                    archive.writestr("a/data.pkl", body)
+            else:
+                path.write_bytes(b"".join(pickle.dumps(part, 2) for part in (0x1950a86a20f9469cfc6c, 1001, {"little_endian": True})) + body
+                                 + pickle.dumps([], 2))
+            yield f"{what} ({kind})", lambda: data.read_npz(path) if "np" in kind else data.read_torch(path)
+            if kind in ("zip", "legacy"):  # names it does not know are inert there
+                yield f"{what} ({kind}, inert)", lambda: evaluation.load_model(path)
+    for name in ("b.npz", "b.npy"):
+        for shape in ((10 ** 12, 17, 3), (10 ** 12, 0, 3), (-1, 17, 3)):
+            path = folder / name
+            if name == "b.npy":
+                path.write_bytes(npy_header(shape) + bytes(204))
+            else:
+                with zipfile.ZipFile(path, "w") as archive:
+                    archive.writestr("keypoints.npy", npy_header(shape) + bytes(204))
+            yield f"header {shape} in {name}", lambda: evaluation.read_keypoints(path)
+    for legacy in (True, False):
+        for what, change in {"a storage": (TRILLION, b"K\x04", b"K\x01"), "a storage of gigabytes": (GIB4, GIB4, b"K\x01"),
+                             "a tensor": (b"K\x04", TRILLION, b"K\x01"), "a tensor of one value": (b"K\x04", TRILLION, b"K\x00"),
+                             "a negative step": (b"K\x04", b"K\x04", b"J\xff\xff\xff\xff")}.items():
+            path = torch_claiming(folder, legacy, *change)
+            yield f"{what} that claims more than the file holds, {'legacy' if legacy else 'zip'}", lambda: data.read_torch(path)
+    path = folder / "deep.json"
+    path.write_text("[" * 10 ** 6)
+    yield "JSON nested a million deep", lambda: evaluation.read_keypoints(path)
+    path.write_text(json.dumps([{"image_id": i, "keypoints": [1.0] * 51} for i in (0, 1, 10 ** 12)]))
+    yield "JSON of 1e12 frames", lambda: evaluation.read_keypoints(path)
+    path = folder / "long.bvh"
+    path.write_text(re.sub(r"(?i)Frames:\s*\d+", "Frames: 1000000000000", write_bvh(*person(bandai_names(), frames=2))))
+    yield "BVH of 1e12 frames", lambda: data.read_bvh(path)
+
+
+def test_hostile_files_are_refused_without_effect(tmp_path, monkeypatch):
+    """Each is loaded by a process of its own, whose end and peak memory are looked at."""
+    monkeypatch.setattr(os, "system", lambda *_: (tmp_path / "ran").write_text("code"))
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    tried = 0
+    for what, load in hostile_files(tmp_path):
+        child = os.fork()
+        if not child:
+            try:
+                load()
+            except InputError as error:
+                os._exit(0 if "\n" not in str(error) and len(str(error)) < 1000 else 3)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(2)
+        _, status, used = os.wait4(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0, what
+        assert used.ru_maxrss * 1024 < resident() + 2 ** 27, (what, used.ru_maxrss)
+        tried += 1
+    assert tried > 50 and not (tmp_path / "ran").exists()
+
+
+# ---- nothing lost: NaN, determinism, long runs, scale
+
+def test_values_that_are_not_finite_are_refused_with_file_sequence_and_frame(run_folder):
+    good_files(run_folder)
+
+    def in_objects(name, key, *way, legacy=None):
+        def change(value):
+            content = data.read_npz(run_folder / name)[key].item() if legacy is None else data.read_torch(run_folder / name)
+            place = content
+            for depth, step in enumerate(way):
+                key_there = list(place)[step] if isinstance(place, dict) else step
+                if depth == len(way) - 1:
+                    place[key_there] = np.array(place[key_there])
+                place = place[key_there]
+            place[2] = value
+            if legacy is None:
+                write_objects(run_folder / name, **{key: content})
+            else:
+                torch.save(content, run_folder / name)
+        return change
+
+    def in_mocap(name, key, frame):
+        def change(value):
+            content = {k: v.copy() for k, v in data.read_npz(run_folder / name).items()}
+            content[key][frame] = value
+            np.savez(run_folder / name, **content)
+        return change
+
+    def in_bvh(value):
+        path = run_folder / "clips" / "walk.bvh"
+        lines = path.read_text().splitlines()
+        lines[-1] = f"{value} " + lines[-1].split(" ", 1)[1]
+        path.write_text("\n".join(lines))
+    tar = "zip/train_custom_{}_unnorm.pth.tar"
+    cases = [
+        (in_objects("data_3d_h36m.npz", "positions_3d", 1, 0), lambda: data.load_h36m(run_folder, "gt", ("S1", "S9")),
+         "data_3d_h36m.npz: S9 Walking 1: 3D, frame 2"),
+        (in_objects("data_2d_h36m_gt.npz", "positions_2d", 0, 0, 3), lambda: data.load_h36m(run_folder, "gt", ("S1",)),
+         "data_2d_h36m_gt.npz: S1 Walking 1 camera 60457274, 2D, frame 2"),
+        (in_objects("data_3d_humaneva15.npz", "positions_3d", 2, 0), lambda: data.load_humaneva(run_folder),
+         "data_3d_humaneva15.npz: Train/S3 Jog 1 chunk0: 3D, frame 2"),
+        (in_objects("data_2d_humaneva15_gt.npz", "positions_2d", 1, 0, 1), lambda: data.load_humaneva(run_folder),
+         "data_2d_humaneva15_gt.npz: Train/S2 Jog 1 chunk0 camera C2, 2D, frame 2"),
+        (in_objects("data_test_3dhp.npz", "data", 0, 0), lambda: data.load_3dhp(run_folder, "test"),
+         "data_test_3dhp.npz: TS1 TS1 camera 0, 3D, frame 2"),
+        (in_objects(tar.format("2d"), "", 1, legacy=False), lambda: data.load_gridconv(run_folder / "zip"),
+         "train_custom_2d_unnorm.pth.tar and train_custom_3d_unnorm.pth.tar: S1 Walking 1 camera 55011271, 2D, frame 2"),
+        (in_objects(tar.format("3d"), "", 0, 1, legacy=False), lambda: data.load_gridconv(run_folder / "zip"),
+         "train_custom_3d_unnorm.pth.tar: S1 Walking 1 camera 54138969, 3D, frame 2"),
+        (in_mocap("data_2d_mocap_gt.npz", "positions_2d", (0, 2)), lambda: [data.load_mocap(run_folder, split=s) for s in ("train", "test")],
+         r"data_2d_mocap_gt.npz: \w+.bvh: .* camera 54138969, 2D, frame 2"),
+        (in_mocap("data_3d_mocap.npz", "positions_3d", 3), lambda: [data.load_mocap(run_folder, split=s) for s in ("train", "test")],
+         r"data_3d_mocap.npz and .*: \w+.bvh: .* camera 54138969, 3D, frame 3"),
+        (in_bvh, lambda: data.read_bvh(run_folder / "clips" / "walk.bvh"), "walk.bvh, frame 3")]
+    for change, load, says in cases:
+        for value in (math.nan, math.inf, -1e300):  # the last is too large for float32
+            if not (change is in_bvh and value == -1e300):
+                change(value) if "mocap" not in says or value != -1e300 else None
+                with np.errstate(over="ignore", invalid="ignore"), pytest.raises(InputError, match=says + ": NaN or infinite"):
+                    load()
+        change(0.5)
+    for change, load, _ in cases:
+        load()
+
+
+def test_the_deterministic_switch_is_torchs_and_changes_nothing_on_the_cpu(small_run, run_folder, monkeypatch):
+    recipe, run = small_run
+    run("plain")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    try:
+        run("switched", deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    states = [data.read_torch(run_folder / name / "last.pt")["model"] for name in ("plain", "switched")]
+    assert same_values(*states)
+    result = json.loads((run_folder / "switched" / "result.json").read_text())
+    assert result["recipe"]["deterministic"] and {"seed", "torch", "numpy", "python", "device", "commit"} <= result.keys()
+
+
+def long_run(run_folder, method, steps, warm_up):
+    """(bytes, file handles, tensors) gained between the step `warm_up` and the last of a run that logs, scores and saves often."""
+    sequences = data.synthesize(0, subjects=("S1", "S9"), motions=("walk",), frames=10)
+    gained = []
+
+    def look(run):
+        gc.collect()
+        gained.append((int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd")),
+                       sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "synthesize", lambda seed: sequences)
+        patch.setattr(train, "SAVE_SECONDS", 0.05)
+        real = train.Run.train_step
+
+        def train_step(self, chunk):
+            real(self, chunk)
+            if self.step in (warm_up, steps):
+                look(self)
+        patch.setattr(train.Run, "train_step", train_step)
+        recipe = killed_recipe(method, 1.0)
+        per_epoch = make_run(run_folder, **{**dataclasses.asdict(recipe), "name": ""}).epoch_steps
+        train.train(dataclasses.replace(recipe, epochs=steps / per_epoch, eval_every=20), out=run_folder / method, quiet=True)
+    return tuple(after - before for before, after in zip(*gained))
+
+
+@pytest.mark.parametrize("method", ["gridconv", "glagcn"])
+def test_memory_and_file_handles_do_not_grow(run_folder, method):
+    memory, handles, tensors = long_run(run_folder, method, 120, 60)
+    assert memory < 2 ** 24 and handles == 0 and tensors == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gridconv", "glagcn"])
+def test_memory_and_file_handles_do_not_grow_over_2000_steps(run_folder, method):
+    memory, handles, tensors = long_run(run_folder, method, 2200, 200)
+    assert memory < 2 ** 23 and handles == 0 and tensors == 0
+
+
+def run_of_many_steps(run_folder, monkeypatch, steps, capsys):
+    """A run of the embedded default's size whose steps do nothing: the bytes of its log and of its state, and its lines on stderr."""
+    monkeypatch.setattr(train.Run, "train_step", lambda self, chunk: setattr(self, "step", self.step + 1))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: {"pooled": {"mpjpe": 50.0, "p_mpjpe": 40.0}})
+    monkeypatch.setattr(train, "finish", lambda *_: {})
+    recipe = dataclasses.replace(train.RECIPES["gridconv-synthetic"], hidden=4, blocks=1, eval_every=1)
+    per_epoch = train.Run(recipe, train.make_store(recipe, "", "train", torch.device("cpu")), run_folder, torch.device("cpu")).epoch_steps
+    train.train(dataclasses.replace(recipe, epochs=steps / per_epoch), out=run_folder / "run")
+    lines = (run_folder / "run" / "log.csv").read_text().splitlines()
+    assert len(lines) == 1 + math.ceil(steps / per_epoch)
+    assert len(capsys.readouterr().err.splitlines()) == len(lines) - 1
+    return sum(map(len, lines)), (run_folder / "run" / "last.pt").stat().st_size
+
+
+def test_the_log_has_a_line_an_epoch(run_folder, monkeypatch, capsys):
+    log, _ = run_of_many_steps(run_folder, monkeypatch, 1000, capsys)
+    assert log < 5000
+
+
+@pytest.mark.slow
+def test_the_log_of_a_million_steps_stays_small(monkeypatch, tmp_path, capsys):
+    log, state = run_of_many_steps(tmp_path, monkeypatch, 10 ** 6, capsys)
+    assert log < 10 ** 6 and state < 2 * 10 ** 6, (log, state)
+
+
+def test_data_scale_measures_files_like_human36ms(tmp_path, monkeypatch, capsys):
+    said = data.scale(3 * 840)
+    assert re.match(r"2,520 frames of 7 subjects, files of \d+ MB: loaded for training and testing in \d+\.\d s, at most \d\.\d\d GB", said)
+    data.write_scale(tmp_path, 840)
+    sequences = data.load_dataset(recipe_of(), tmp_path, "train")
+    assert len(sequences) == 600 and {len(s.pose_3d) for s in sequences} == {1}
+    assert data.provenance(sequences) == "files in Human3.6M layout, made by this project"
+    for arguments, says in ((["--frames", "839"], "--frames 839: expected at least 840"), (["--frames", str(10 ** 15)], "GB of room needed")):
+        monkeypatch.setattr(sys, "argv", ["data.py", "scale", *arguments])
+        with pytest.raises(InputError, match=says):
+            data.main()
+
+
+@pytest.mark.slow
+def test_human36m_in_full_loads_in_a_minute_and_six_gigabytes():
+    done = data_command("scale")
+    seconds, memory = re.search(r"in ([\d.]+) s, at most ([\d.]+) GB", done.stdout).groups()
+    assert done.stdout.startswith("2,103,360 frames") and float(seconds) < 60 and float(memory) < 6
+
+
 # --- several processes
 
 SHARED_RUN = """
@@ -5497,7 +5770,7 @@ def test_files_of_any_other_structure_end_in_one_line(tmp_path_factory, everythi
     (lambda f: write_objects(f / "data_3d_humaneva15.npz", positions_3d={"Train/S1": Hostile()}), "system, which is refused"),
     (lambda f: write_objects(f / "data_3d_humaneva15.npz", positions_3d={"Train/S1": None}), "Train/S1 is no dictionary of actions"),
     (lambda f: write_objects(f / "data_3d_humaneva15.npz", positions_3d={"Train/S1": {7: np.zeros((3, 15, 3))}}), "it holds no 7"),
-    (lambda f: damage(f, "3d", lambda a: np.full_like(a, np.nan)), "Train/S2 Walking 1 chunk1 camera C1, 3D, frame 0: NaN"),
+    (lambda f: damage(f, "3d", lambda a: np.full_like(a, np.nan)), "Train/S2 Walking 1 chunk1: 3D, frame 0: NaN"),
     (lambda f: damage(f, "3d", lambda a: a[:0]), "Train/S2 Walking 1 chunk1 camera C1: no frames; remove the sequence"),
     (lambda f: damage(f, "2d", lambda views: views[:2]), "Train/S2 Walking 1 chunk1 has 2 cameras, expected 3"),
     (lambda f: damage(f, "2d", lambda views: [v[:3] for v in views]), "2D has 3 frames, 3D has 5; make both from the same recording"),

@@ -745,7 +745,7 @@ def finish(run, stores):
               "parameters": parameters(recipe), "epochs": run.step / run.epoch_steps,
               "last": run.last, "best": run.best, "yardsticks": evaluation.yardsticks(stores["train"], stores["test"]),
               "seconds": run.seconds, "seed": recipe.seed, "commit": commit, "torch": torch.__version__,
-              "python": platform.python_version(),
+              "numpy": np.__version__, "python": platform.python_version(),
               "device": f"{run.world} x " * (run.world > 1) + device_name(run.device)}
     if recipe.refine:
         pose = evaluation.predict(run.model, stores["test"], flip=recipe.flip_test).to(run.device)
