@@ -10,9 +10,9 @@
     python train.py reproduce --data data --quick           # what bash reproduce.sh runs: --only --all --seeds N --quick
     python train.py bench                                   # the fast forms against the plain ones, on this machine
 
-A run's folder holds last.pt (the whole state: continue by giving the same command again), best.pt (the weights of the
-epoch that was best on the test set), log.csv and result.json, with matplotlib also curves.png. Same recipe, seed and
-machine: same numbers, bit for bit on the CPU, interrupted or not.
+A run's folder holds last.pt (the whole state: continue by giving the same command again), previous.pt (the state before
+it), best.pt (the weights of the epoch that was best on the test set), log.csv and result.json, with matplotlib also
+curves.png. Same recipe, seed, machine and number of threads: same numbers, bit for bit on the CPU, interrupted or not.
 """
 
 import argparse
