@@ -2,6 +2,7 @@
 
     python data.py bvh FOLDER --out data --name mocap --test REGEX    # BVH clips -> training pairs
     python data.py check FOLDER                                       # what is there, what it allows to reproduce
+    python data.py scale                                              # seconds and memory of loading as much as Human3.6M
 
 Every loader returns a list of `Sequence`: 2D in pixels, 3D root-relative in the camera frame, in metres. A `FrameStore`
 holds such a list once on the device and gathers batches by index. Files with pickled objects are read by an unpickler
@@ -9,12 +10,18 @@ that admits arrays, numbers, strings and plain containers and refuses everything
 """
 import argparse
 import collections
+import functools
 import io
 import json
+import math
+import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import sys
+import tempfile
+import time
 import traceback
 import types
 import zipfile
@@ -61,8 +68,9 @@ def run(main):
         sys.exit(2)
 
 
-def write_atomically(path, write):
-    """`write(file)` into a temporary file beside `path`, flushed to the disk, then renamed: whole or not at all.
+def write_atomically(path, write, previous=None):
+    """`write(file)` into a temporary file beside `path`, flushed to the disk, then renamed: whole or not at all. What
+    stood at `path` is renamed to `previous` before, where that is given.
 
     Raises InputError where the folder cannot be made or written; whatever stood at `path` before then stands there
     still.
@@ -75,9 +83,14 @@ def write_atomically(path, write):
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another folder") from error
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch's writers end a full disk in their own
+        if not isinstance(cause, OSError):
+            raise
+        raise InputError(f"{path}: cannot be written ({cause.strerror or cause}); make room or choose another folder") from error
     finally:
         try:
             temporary.unlink()
@@ -94,6 +107,15 @@ def _existing(path, remedy):
         raise Missing(f"{path}: not found; {remedy}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); allow it, or name another") from None
+
+
+def read_json(path, remedy="name a JSON file"):
+    """What a JSON file holds; InputError where there is none, or something else."""
+    text = _existing(path, remedy).read_bytes()
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}); write it again") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,9 +336,9 @@ def action_class(action):
 
 
 def _check_finite(array, where):
-    finite = np.isfinite(array).reshape(len(array), -1).all(1)
+    finite = (np.abs(array) <= np.finfo(np.float32).max).all(tuple(range(1, array.ndim)))  # NaN is not
     if not finite.all():
-        raise InputError(f"{where}, frame {int(np.argmin(finite))}: NaN or infinite value; repair or remove it")
+        raise InputError(f"{where}, frame {int(np.argmin(finite))}: NaN or infinite value in float32; repair or remove it")
 
 
 def _poses(value, where, widths):
@@ -554,35 +576,63 @@ def detect(pose_2d, first, last, noise, missing, generator):
 # ---------------------------------------------------------------------------------------------------------------------
 # Restricted reading: files with pickled objects, without running what they contain
 
-def _numpy_array(*_):
-    return np.ndarray((0,), "b")  # filled by its own __setstate__
+class _DType:
+    """Stands for a NumPy dtype in a pickle: numbers, strings or objects. NumPy's own would believe any flags and fields,
+    and with those read addresses from the file."""
+
+    def __init__(self, code, *_):
+        self.dtype = np.dtype(code)
+        if self.dtype.kind not in "biufcSUO":
+            raise pickle.UnpicklingError(f"values of type {self.dtype}, which are refused")
+
+    def __setstate__(self, state):
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array(np.ndarray):
+    """An array that a pickle makes empty and fills then, once it holds as much as its shape claims."""
+
+    def __setstate__(self, state):
+        version, shape, dtype, fortran, values = state
+        claimed = int(np.prod(shape, dtype=object)) * (1 if dtype.dtype.hasobject else dtype.dtype.itemsize)
+        if len(values) != claimed:
+            raise pickle.UnpicklingError(f"an array of shape {shape} with {len(values)} for {claimed} bytes or objects")
+        super().__setstate__((version, shape, dtype.dtype, fortran, values))
+
+    def __reduce_ex__(self, protocol):  # saved again it is an array like others
+        return self.view(np.ndarray).__reduce_ex__(protocol)
+
+
+def _numpy_scalar(kind, value):
+    return value if kind.dtype.hasobject else np.frombuffer(
+        value.encode("latin1") if isinstance(value, str) else value, kind.dtype)[0]
 
 
 def _latin1(text, encoding="latin1"):  # how Python 3 writes bytes with protocol 2
     return text.encode("latin1")
 
 
-def _torch_tensor(storage, offset, size, stride, *_):
-    if offset + sum((n - 1) * step for n, step in zip(size, stride)) >= storage._size() and 0 not in size:
-        raise pickle.UnpicklingError(f"a tensor of size {tuple(size)} in a storage of {storage._size()} values")
-    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, False, collections.OrderedDict())
+def _torch_tensor(values, offset, size, stride, *_):
+    if math.prod(size) > len(values):  # stride 0 makes any size of one value
+        raise pickle.UnpicklingError(f"a tensor of size {tuple(size)} in a storage of {len(values)} values")
+    return values.as_strided(size, stride, offset)  # within the storage, or a RuntimeError
 
 
-_ADMITTED = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
+_ADMITTED = {("numpy", "ndarray"): "array", ("numpy", "dtype"): _DType,  # the first is an argument, and cannot be called
              ("collections", "OrderedDict"): collections.OrderedDict,
              ("collections", "defaultdict"): collections.defaultdict, ("_codecs", "encode"): _latin1}
 for _module in ("numpy.core", "numpy._core"):  # NumPy 1 and 2
-    _ADMITTED[_module + ".multiarray", "_reconstruct"] = _numpy_array
-    _ADMITTED[_module + ".multiarray", "scalar"] = np.float64(0).__reduce__()[0]
-    _ADMITTED[_module + ".numeric", "_frombuffer"] = lambda data, dtype, shape, order: (
-        np.frombuffer(data, dtype).reshape(shape, order=order))
+    _ADMITTED[_module + ".multiarray", "_reconstruct"] = lambda *_: _Array(0, "b")  # filled by its own __setstate__
+    _ADMITTED[_module + ".multiarray", "scalar"] = _numpy_scalar
+    _ADMITTED[_module + ".numeric", "_frombuffer"] = lambda data, kind, shape, order: (
+        np.frombuffer(data, kind.dtype).reshape(shape, order=order))
 for _module in ("builtins", "__builtin__"):  # Python 3 and 2
     _ADMITTED.update({(_module, kind.__name__): kind for kind in (list, dict, set, frozenset, complex)})
     _ADMITTED[_module, "bytes"] = lambda: b""
 _TORCH = {("torch._utils", "_rebuild_tensor"): _torch_tensor, ("torch._utils", "_rebuild_tensor_v2"): _torch_tensor,
           ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor, ("torch", "Size"): torch.Size,
           ("torch", "device"): torch.device,
-          **{("torch", f"{kind}Storage"): getattr(torch, f"{kind}Storage") for kind in (
+          **{("torch", f"{kind}Storage"): getattr(torch, {"Char": "int8", "Byte": "uint8"}.get(kind, kind.lower())) for kind in (
               "Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")}}
 
 
@@ -601,9 +651,12 @@ class _Inert:
     __setstate__ = append = extend = add = update = __setitem__ = _ignore
 
 
-def _unpickler(admitted, inert=False):
-    """An Unpickler class that resolves the admitted names, refuses others or gives inert placeholders for them."""
-    class Unpickler(pickle.Unpickler):
+def _unpickle(file, admitted, inert=False, storage=None):
+    """The next object of a file of pickles: admitted names are resolved, others refused or made inert placeholders.
+
+    Python's own unpickler rather than C's, which allocates as much as a number in the file says.
+    """
+    class Unpickler(pickle._Unpickler):
         def find_class(self, module, name):
             if (module, name) in admitted:
                 return admitted[module, name]
@@ -611,78 +664,110 @@ def _unpickler(admitted, inert=False):
                 return type(name.rpartition(".")[2] or "Inert", (_Inert,), {})
             raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which is refused: only arrays, numbers, "
                                          "strings and plain containers are read")
-    return Unpickler
+
+        def persistent_load(self, saved):
+            return storage(*saved)
+    return Unpickler(file, encoding="latin1").load()
 
 
 def _unreadable(path, error):
-    return InputError(f"{path}: cannot be read: {error or type(error).__name__}; it is damaged, of another format or "
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return InputError(f"{path}: cannot be read: {reason}; it is damaged, of another format or "
                       "unsafe: fetch or make it again")
 
 
-def _read_npy(file, size):
-    """One member of an npz, `size` bytes by the archive's directory."""
+def _read_npy(content):
+    """The array of an npy file, given as bytes."""
+    file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"npy format {version}")
     shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(file)
     if dtype.hasobject:
-        array = _unpickler(_ADMITTED)(file, encoding="latin1").load()
+        array = _unpickle(file, _ADMITTED)
         if not isinstance(array, np.ndarray) or array.shape != shape:
             raise ValueError("the pickled member is not the array that its header describes")
         return array
-    claimed = int(np.prod(shape, dtype=object)) * dtype.itemsize
-    if claimed != size - file.tell():  # before anything of that size is allocated
-        raise ValueError(f"its header claims {claimed} bytes of data, the file holds {size - file.tell()}")
-    return np.frombuffer(file.read(), dtype).reshape(shape, order="F" if fortran else "C")
+    claimed, held = int(np.prod(shape, dtype=object)) * dtype.itemsize, len(content) - file.tell()
+    if claimed != held:
+        raise ValueError(f"its header claims {claimed} bytes of data, the file holds {held}")
+    return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
 
 
 def read_npz(path, remedy="check the path"):
     """{key: array} of a NumPy archive, or of one .npy file. Pickles are read without running code; see `_ADMITTED`.
 
-    Raises InputError where the file is missing, damaged, claims more data than it holds, or names anything else.
+    Raises InputError where the file is missing, damaged (each member of an archive has a checksum, an .npy file has
+    none), claims more data than it holds, or names anything else.
     """
     path = _existing(path, remedy)
     try:
         if path.suffix.lower() == ".npy":
-            with open(path, "rb") as file:
-                return {path.stem: _read_npy(file, path.stat().st_size)}
-        with zipfile.ZipFile(path) as archive:
-            members = {}
-            for info in archive.infolist():
-                with archive.open(info) as file:
-                    members[info.filename.removesuffix(".npy")] = _read_npy(file, info.file_size)
-            return members
+            return {path.stem: _read_npy(path.read_bytes())}
+        with zipfile.ZipFile(path) as archive:  # read() checks the checksum, before anything is made of what it returns
+            return {info.filename.removesuffix(".npy"): _read_npy(archive.read(info)) for info in archive.infolist()}
     except Exception as error:  # a hostile or damaged pickle may raise anything
         raise _unreadable(path, error) from None
-
-
-class _Stream(io.BufferedReader):
-    """A file without a descriptor: keeps torch from unpacking its oldest (tar) format, which writes files."""
-
-    def fileno(self):
-        raise io.UnsupportedOperation("fileno")
 
 
 def read_torch(path, inert=False, remedy="check the path"):
     """The object in a `torch.save` file, legacy or zip, on the CPU, read without running code from the file.
 
     `inert=True` puts inert placeholders where the file names an unknown class (released checkpoints hold whole
-    optimisers); otherwise such a file is refused by that name. Raises InputError like `read_npz`.
+    optimisers); otherwise such a file is refused by that name. Raises InputError like `read_npz`: zip files have
+    checksums, which torch.load does not look at; legacy files have none.
     """
     path = _existing(path, remedy)
-    unpickler = _unpickler({**_ADMITTED, **_TORCH}, inert)
-    module = types.SimpleNamespace(Unpickler=unpickler, load=lambda file, **options: unpickler(file, **options).load(),
-                                   loads=lambda data, **options: unpickler(io.BytesIO(data), **options).load(),
-                                   __name__="restricted")
+    read, storages = functools.partial(_unpickle, admitted={**_ADMITTED, **_TORCH}, inert=inert), {}
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if any(name.endswith("constants.pkl") for name in archive.namelist()):
+                names = {name.partition("/")[2]: name for name in archive.namelist()}
+                if "constants.pkl" in names:
                     raise ValueError("it is a TorchScript program, which is refused")
-        with _Stream(io.FileIO(path)) as file:
-            return torch.load(file, map_location="cpu", pickle_module=module, weights_only=False, encoding="latin1")
+                if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
+                    raise ValueError("its numbers are big-endian")
+
+                def storage(_, dtype, key, place, count):
+                    if key not in storages:
+                        storages[key] = _values(archive.read(names[f"data/{key}"]), dtype, count)
+                    return storages[key]
+                return read(io.BytesIO(archive.read(names["data.pkl"])), storage=storage)
+        with open(path, "rb") as file:
+            return _read_legacy(file, read, storages)
     except Exception as error:
         raise _unreadable(path, error) from None
+
+
+def _values(content, dtype, count):
+    """`count` values of a torch dtype, (count,), from their bytes."""
+    if len(content) != count * dtype.itemsize:
+        raise ValueError(f"it claims {count} values of {dtype}, and holds {len(content)} bytes of them")
+    return torch.frombuffer(bytearray(content), dtype=dtype) if count else torch.empty(0, dtype=dtype)
+
+
+def _read_legacy(file, read, storages):
+    """torch.save's format until 1.5: pickles of a number, the version, the machine, the object and its storages' names,
+    then for each of these the number of its values and their bytes."""
+    if read(file) != 0x1950a86a20f9469cfc6c or read(file) != 1001 or read(file)["little_endian"] is not True:
+        raise ValueError("no torch.save file of a version known here")
+    size = os.fstat(file.fileno()).st_size
+
+    def storage(kind, *saved):
+        if kind == "module":  # a whole module's class beside its source
+            return saved[0]
+        dtype, key, _, count, view = saved
+        if not 0 <= count * dtype.itemsize <= size:
+            raise ValueError(f"it claims {count} values of {dtype}, and holds {size} bytes")
+        values = storages.setdefault(key, torch.zeros(count, dtype=dtype))
+        return values[view[1]:view[1] + view[2]] if view else values
+    content = read(file, storage=storage)
+    for key in read(file):
+        count = int.from_bytes(file.read(8), "little", signed=True)
+        if count != len(storages[key]):
+            raise ValueError(f"it claims {len(storages[key])} values, then {count}")
+        storages[key].copy_(_values(file.read(count * storages[key].itemsize), storages[key].dtype, count))
+    return content
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -943,8 +1028,8 @@ def load_mocap(folder, name="mocap", keypoints="gt", split="train"):
         chosen = [i for i in range(len(clips)) if space["split"][i] == split]
         if not chosen:
             raise InputError(f"{paths[0]}: no clips in the split {split!r}; it has {', '.join(set(space['split']))}")
-        _check_finite(world, paths[0])
-        return [_sequence(clips[i], pixels[c, bounds[i]:bounds[i + 1]],
+        both = f"{paths[0]} and {paths[1].name}"
+        return [_sequence(f"{both}: {clips[i]}", pixels[c, bounds[i]:bounds[i + 1]],
                           world_to_camera(world[bounds[i]:bounds[i + 1]], space["extrinsics"][i, c]), 0, cut=False,
                           subject=str(space["subjects"][i]), action=str(space["actions"][i]), camera=str(camera),
                           intrinsics=space["intrinsics"][c], size=tuple(space["sizes"][c].tolist()),
@@ -1125,6 +1210,7 @@ def _videopose3d(folder, name, keypoints, subjects, cameras, remedy):
         for action in map(str, actions):
             where = f"{subject} {action}"
             world = _poses(_entry(actions, paths[0], remedy, action), f"{paths[0]}: {where}: 3D", (3,))
+            _check_finite(world, f"{paths[0]}: {where}: 3D")
             views = [None] * len(cameras)
             if image is not None:
                 views = _entry(image, paths[1], "make it from the same recordings as the 3D", subject, action)
@@ -1171,7 +1257,7 @@ def load_gridconv(folder, split="train", keypoints="gt"):
     image, space = (read_torch(path, remedy=remedy) for path in paths)
     if not (isinstance(space, dict) and isinstance(image, dict) and space and image.keys() == space.keys()):
         raise InputError(f"{paths[0]} and {paths[1].name}: not two dictionaries of the same sequences; {remedy}")
-    sequences, source = [], _layout("Human3.6M", False)
+    sequences, source, both = [], _layout("Human3.6M", False), f"{paths[0]} and {paths[1].name}"
     for key, pixels in image.items():
         try:
             subject, _, (action, _, camera) = key[0], key[1], key[2].rpartition(".")
@@ -1184,7 +1270,7 @@ def load_gridconv(folder, split="train", keypoints="gt"):
         except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{paths[1]}: {key}: not as GridConv's archives are ({error}); {remedy}") from None
         sequences.append(_sequence(
-            paths[0], pixels, points, 0, cut=False, subject=subject, action=action, camera=camera,
+            both, pixels, points, 0, cut=False, subject=subject, action=action, camera=camera,
             intrinsics=intrinsics, size=size, fps=H36M_FPS, source=source))
     return sequences
 
@@ -1375,8 +1461,50 @@ def check_folder(folder):
     return lines, unusable
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Scale
+
+def write_scale(folder, frames):
+    """Procedural motion in Human3.6M's two files: its seven subjects, 15 actions, two takes, four cameras and 32 joints, with
+    `frames` frames over all of them, in VideoPose3D's layout and marked as made by this project."""
+    space, image, wide = {}, {}, np.zeros(32, int)
+    wide[list(H36M_17_OF_32)] = range(17)
+    for number, subject in enumerate(H36M_EXTRINSICS):
+        for take in range(30):
+            world = _motion(np.random.default_rng((number, take)), list(MOTIONS)[take % len(MOTIONS)], 150, H36M_FPS, _BONES,
+                            np.zeros((17, 3))).astype(np.float32)
+            views = [project(world_to_camera(world, e), k) for e, k in zip(H36M_EXTRINSICS[subject], H36M_INTRINSICS)]
+            repeat = np.arange(frames // 840) % 150
+            name = f"action{take // 2} {take % 2}"
+            space.setdefault(subject, {})[name] = world[repeat][:, wide]
+            image.setdefault(subject, {})[name] = [view[repeat].astype(np.float32) for view in views]
+    np.savez(Path(folder) / "data_3d_h36m.npz", made_by=MADE_BY, positions_3d=np.array(space, object))
+    np.savez(Path(folder) / "data_2d_h36m_gt.npz", made_by=MADE_BY, positions_2d=np.array(image, object))
+
+
+def scale(frames):
+    """One line: how long loading `frames` frames of Human3.6M's size takes as training does it, and the most memory. The
+    files are written to a temporary folder and removed. InputError: too few frames, too little room there."""
+    import resource  # Linux and macOS
+    if frames < 840:
+        raise InputError(f"--frames {frames}: expected at least 840, a frame for each subject, action, take and camera")
+    with tempfile.TemporaryDirectory() as folder:
+        if shutil.disk_usage(folder).free < 300 * frames:
+            raise InputError(f"{folder}: {300 * frames / 1e9:.1f} GB of room needed; name another folder by TMPDIR")
+        writer = multiprocessing.get_context("spawn").Process(target=write_scale, args=(folder, frames))  # its memory is its own
+        writer.start()
+        writer.join()
+        megabytes, started = sum(path.stat().st_size for path in Path(folder).iterdir()) / 1e6, time.perf_counter()
+        recipe = types.SimpleNamespace(data="h36m", keypoints="gt", skeleton="h36m17", skip="")
+        stores = [FrameStore(load_dataset(recipe, folder, split), "width", SKELETONS["h36m17"]) for split in SPLITS]
+        seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (f"{sum(map(len, stores)):,} frames of {len(H36M_EXTRINSICS)} subjects, files of {megabytes:,.0f} MB: loaded for training "
+            f"and testing in {seconds:.1f} s, at most {peak / 1e9:.2f} GB of memory")
+
+
 def main():
-    """The command line: `bvh` and `check`."""
+    """The command line: `bvh`, `check` and `scale`."""
     parser = Parser(prog="data.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     bvh = commands.add_parser("bvh", help="BVH clips to training pairs")
@@ -1391,7 +1519,12 @@ def main():
     bvh.add_argument("--volume", type=float, default=CAPTURE_VOLUME, help="the pelvis stays within +- this (1.5 m)")
     check = commands.add_parser("check", help="what a data folder holds and allows to reproduce")
     check.add_argument("folder")
+    size = commands.add_parser("scale", help="seconds and memory of loading motion of Human3.6M's size")
+    size.add_argument("--frames", type=int, default=2_103_360, help="over the four cameras (2,103,360)")
     options = vars(parser.parse_args())
+    if options["command"] == "scale":
+        print(scale(options["frames"]))
+        return
     if options.pop("command") == "check":
         lines, unusable = check_folder(options["folder"])
         print("\n".join(lines))
@@ -1413,11 +1546,7 @@ def main():
 def _read_mapping(path):
     if path is None:
         return None
-    text = _existing(path, "name a JSON file").read_bytes()
-    try:
-        mapping = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
+    mapping = read_json(path)
     if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
         raise InputError(f'{path}: expected {{"our joint": "its joint", ...}}')
     return mapping

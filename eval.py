@@ -298,6 +298,9 @@ def load_model(path, **overrides):
     fixed = sorted(set(overrides) & {"padding", "grid", "filter_widths", "skeleton"}) if build is _own else []
     if fixed:
         raise InputError(f"{path}: its own recipe says its {', '.join(fixed)}; leave the option out")
+    broken = next((key for key, value in state.items() if not torch.isfinite(value).all()), None)
+    if broken:
+        raise InputError(f"{path}: {broken} has NaN or infinite weights; take another checkpoint, or train it again")
     try:
         state = {key.removeprefix("module."): value for key, value in state.items()}  # DataParallel's prefix
         model, recipe = build(path, state, {name: _tuples(value) for name, value in {**known, **overrides}.items()})
@@ -902,10 +905,7 @@ def _detection(item):
 
 
 def _read_json(path, _):
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {error}; write it again") from None
+    content = data.read_json(path, "name a file of keypoints")
     about = content if isinstance(content, dict) else {}
     people, shapes, number, crowded = {}, set(), 0, set()                       # people: {person: {frame: (score, points)}}
     try:

@@ -4,20 +4,27 @@
     pytest -m slow          # the long forms
 """
 
+import contextlib
 import copy
 import csv
 import dataclasses
 import functools
+import gc
 import io
 import json
 import math
 import os
 import pickle
+import random
 import re
+import resource
 import signal
+import socket
 import struct
 import subprocess
 import sys
+import time
+import traceback
 import types
 import zipfile
 from collections import OrderedDict
@@ -4387,6 +4394,809 @@ def test_training_beats_the_affine_yardstick(run_folder):
 data_synthesize_whole = data.synthesize
 
 
+# ---- nothing lost: kill -9, damaged checkpoints, full disks, signals
+
+KILLED_RUN = """
+import json, sys, torch._dynamo, test_models  # what an optimiser imports when it is made, once for all
+test_models.kill_and_continue(*sys.argv[1:3], **json.loads(sys.argv[3]))
+"""
+
+
+def in_processes(world, function, *arguments):
+    """Process numbers of `world` forks of this process, joined as under torchrun where there are two, that run the function."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(world):
+        children.append(os.fork())
+        if not children[-1]:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            status = 1
+            try:
+                function(*arguments)
+                status = 0
+            except SystemExit as stopped:
+                status = stopped.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+    return children
+
+
+def killed_recipe(method, epochs):
+    fields = dict(layout="autogrids", noise_epochs=1.0) if method == "gridconv" else {
+        **TINY_GLA, "reconstruct": True, "reconstruct_blocks": 1, "unshared_weight": 0.5, "stage_one_epochs": epochs / 2, "jitter": True,
+        "refine": True}
+    return tiny_recipe(**{**fields, "batch": 24, "dropout": 0.1, "epochs": epochs, "eval_every": 2, "noise": 0.01})
+
+
+def dying_at(operation, writes):
+    """From now on the process ends by SIGKILL before (an even number) or after the fsync, rename or, with `writes`, write of half
+    that number."""
+    count = iter(range(10 ** 9))
+
+    def deadly(real):
+        def wrapped(*arguments):
+            at = 2 * next(count)
+            if at == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = real(*arguments)
+            if at + 1 == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+        return wrapped
+
+    @contextlib.contextmanager
+    def unbuffered(path, mode="r"):
+        with open(path, mode, buffering=0) as file:
+            yield SimpleNamespace(write=deadly(file.write), flush=file.flush, fileno=file.fileno) if "w" in mode else file
+    if writes:
+        data.open = unbuffered
+    os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+
+
+def kill_and_continue(method, folder, world=1, kills=5, epochs=4.0, how="time"):
+    """In `folder`: the run `whole`, and the same run `killed-1`, ... until `kills` times it was ended by SIGKILL, after a random time
+    or at a random file operation, and then continued. Every step is saved."""
+    torch.set_num_threads(1)
+    folder, rng, recipe = Path(folder), random.Random(0), killed_recipe(method, epochs)
+    sequences = data.synthesize(0, subjects=("S1", "S9"), motions=("walk",), frames=24)
+    data.synthesize = lambda seed: [s for s in sequences if s.camera == "54138969"] * 2
+    train.SAVE_SECONDS = -1
+    run = lambda name: train.train(recipe, out=folder / name, device="cpu", quiet=True)
+    wait = lambda children: [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    started = time.perf_counter()
+    assert wait(in_processes(world, run, "whole")) == [0] * world
+    seconds, killed, finished = time.perf_counter() - started, 0, 0
+    while killed < kills:
+        name = f"killed-{finished}"
+        if how == "time":
+            children = in_processes(world, run, name)
+            time.sleep(rng.uniform(0.1, 0.8) * seconds)
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+        else:
+            writes = rng.random() < 0.5
+            operation = rng.randrange(1000 if writes else 25)
+            children = in_processes(world, lambda: (dying_at(operation, writes), run(name)))
+        status = wait(children)
+        assert set(status) <= {0, -9}, status
+        killed, finished = killed + (-9 in status), finished + (-9 not in status)
+    assert wait(in_processes(world, run, f"killed-{finished}")) == [0] * world
+
+
+def flat(value, place=""):
+    """{place: tensor or number} of everything in a nested state but times."""
+    if isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, part in items if key != "seconds" for k, v in flat(part, f"{place}/{key}").items()}
+    return {place: value}
+
+
+def assert_same_run(one, other):
+    """Every file of two finished runs holds the same bits, wall-clock times excepted."""
+    for file in ("last.pt", "best.pt"):
+        a, b = (flat(data.read_torch(run / file)) for run in (one, other))
+        assert a.keys() == b.keys() and len(a) > 20
+        for key in a:
+            assert torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key], key
+    logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(run / "log.csv"))] for run in (one, other)]
+    results = [flat(json.loads((run / "result.json").read_text())) for run in (one, other)]
+    assert logs[0] == logs[1] and results[0] == results[1]
+    assert not list(other.glob(".*.tmp"))
+
+
+def killed_run(tmp_path, method, **options):
+    driver = tmp_path / "driver.py"
+    driver.write_text(KILLED_RUN)
+    done = subprocess.run([sys.executable, str(driver), method, str(tmp_path), json.dumps(options)], capture_output=True, text=True, cwd=HERE,
+                          env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    for run in tmp_path.glob("killed-*"):
+        assert_same_run(tmp_path / "whole", run)
+
+
+@pytest.mark.parametrize("method, options", [("gridconv", dict(how="file", kills=12)), ("glagcn", dict(kills=2, epochs=2.0)), ("gridconv", dict(world=2, kills=2))],
+                         ids=["gridconv-files", "glagcn", "two-processes"])
+def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(tmp_path, method, options):
+    killed_run(tmp_path, method, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("how", ["time", "file"])
+@pytest.mark.parametrize("method", ["gridconv", "glagcn"])
+def test_killed_at_many_moments_a_run_goes_on_bit_for_bit(tmp_path, method, how, world):
+    if how == "file" and world == 2:
+        pytest.skip("only the first process writes: the other would wait for it")
+    killed_run(tmp_path, method, how=how, world=world, kills=100 // world, epochs=16.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gridconv", "glagcn"])
+def test_torchrun_killed_and_continued_is_the_same_run(tmp_path, method):
+    driver, environment = tmp_path / "driver.py", {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    driver.write_text(
+        "import sys, data, test_models, train; sequences = data.synthesize(0, subjects=('S1', 'S9'), motions=('walk',), frames=60)\n"
+        "data.synthesize = lambda seed: sequences\n"
+        "train.SAVE_SECONDS = -1\n"
+        "train.train(test_models.killed_recipe(sys.argv[1], 3.0), out=sys.argv[2], device='cpu', quiet=True)")
+
+    def launch(name):
+        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(driver), method,
+                                 str(tmp_path / name)], cwd=HERE, env=environment, stderr=subprocess.PIPE, text=True)
+    started, rng, killed = time.monotonic(), random.Random(1), 0
+    whole = launch("whole")
+    assert whole.wait() == 0, whole.stderr.read()
+    seconds = time.monotonic() - started
+    while killed < 5:
+        run = launch("killed")
+        time.sleep(rng.uniform(0.3, 0.9) * seconds)
+        workers = [int(child) for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+        for process in (run.pid, *workers):
+            os.kill(process, signal.SIGKILL)
+        run.wait()
+        killed += 1
+    run = launch("killed")
+    assert run.wait() == 0, run.stderr.read()
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    terminated = launch("terminated")
+    while not (tmp_path / "terminated" / "last.pt").exists():
+        time.sleep(0.05)
+    terminated.terminate()
+    asked = time.monotonic()
+    assert terminated.wait() != 0 and time.monotonic() - asked < 15  # torchrun's own status, after its own waiting
+    assert launch("terminated").wait() == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "terminated")
+
+
+@pytest.fixture
+def small_run(run_folder, monkeypatch):
+    """(recipe, train into a folder of that name): 8 steps an epoch, two epochs, every step saved."""
+    sequences = data.synthesize(0, subjects=("S1", "S9"), motions=("walk",), frames=32)
+    monkeypatch.setattr(data, "synthesize", lambda seed: sequences)
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
+    recipe = tiny_recipe(epochs=2.0, batch=16, anneal_epochs=2.0)
+    return recipe, lambda name, **fields: train.train(dataclasses.replace(recipe, **fields), out=run_folder / name, quiet=True)
+
+
+def stopped_at(monkeypatch, step, number=signal.SIGTERM):
+    """From now on that step of a run sends the process a signal."""
+    real = train.Run.train_step
+
+    def train_step(self, chunk):
+        real(self, chunk)
+        if self.step == step:
+            os.kill(os.getpid(), number)
+    monkeypatch.setattr(train.Run, "train_step", train_step)
+
+
+DAMAGE = {"truncated": lambda content: content[:len(content) // 2], "empty": lambda content: b"", "cut by one byte": lambda content: content[:-1],
+          "a bit of a weight": lambda content: flipped(content, len(content) // 2), "a bit of the pickle": lambda content: flipped(content, 300)}
+
+
+def flipped(content, at, bit=3):
+    content = bytearray(content)
+    content[at] ^= 1 << bit
+    return bytes(content)
+
+
+@pytest.mark.parametrize("how", [*DAMAGE, "missing"])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_continues(small_run, run_folder, monkeypatch, capsys, how):
+    recipe, run = small_run
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 11)
+        with pytest.raises(SystemExit):
+            run("parts")
+    last, previous = run_folder / "parts" / "last.pt", run_folder / "parts" / "previous.pt"
+    assert (data.read_torch(last)["step"], data.read_torch(previous)["step"]) == (11, 10)
+    last.unlink() if how == "missing" else last.write_bytes(DAMAGE[how](last.read_bytes()))
+    (run_folder / "parts" / ".last.pt.1.tmp").write_bytes(b"what a killed process was writing")
+    again, real = [], train.Run.train_step
+    monkeypatch.setattr(train.Run, "train_step", lambda self, chunk: (again.append(self.step), real(self, chunk))[1])
+    run("parts")
+    told = capsys.readouterr().err
+    assert again[0] == 10 and told.startswith("warning: ") and "last.pt: " in told and "continuing from the checkpoint before it" in told
+    run("whole")
+    assert_same_run(run_folder / "whole", run_folder / "parts")
+
+
+def test_two_damaged_checkpoints_are_one_clear_line(small_run, run_folder):
+    recipe, run = small_run
+    run("run")
+    for name in ("last.pt", "previous.pt"):
+        (run_folder / "run" / name).write_bytes(flipped((run_folder / "run" / name).read_bytes(), 5000))
+    with pytest.raises(InputError, match="last.pt: cannot be read: .*previous.pt whole: remove both to begin anew"):
+        run("run")
+
+
+def test_a_full_disk_is_one_clear_line_and_the_old_checkpoint_whole(small_run, run_folder, monkeypatch):
+    recipe, run = small_run
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 3)
+        with pytest.raises(SystemExit):
+            run("parts")
+    last = run_folder / "parts" / "last.pt"
+    before, limits = last.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (100, len(before) // 3, len(before) - 1):  # every writer ends in an OSError there, as on a full disk
+        real = train.Run.save
+
+        def save(self):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+            try:
+                real(self)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Run, "save", save)
+            with pytest.raises(InputError, match=r"last.pt: cannot be written \(File too large\); make room") as error:
+                run("parts")
+        assert "\n" not in str(error.value) and last.read_bytes() == before and not list(last.parent.glob(".*tmp"))
+    run("parts"), run("whole")
+    assert_same_run(run_folder / "whole", run_folder / "parts")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to take its own permission away")
+def test_a_read_only_folder_is_one_clear_line_and_the_old_checkpoint_whole(small_run, run_folder, monkeypatch):
+    recipe, run = small_run
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 3)
+        with pytest.raises(SystemExit):
+            run("parts")
+    last = run_folder / "parts" / "last.pt"
+    before = last.read_bytes()
+    run_folder.parent.chmod(0o755), run_folder.chmod(0o755), last.parent.chmod(0o555)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(InputError, match="parts: cannot make the output folder: Permission denied; choose another --out"):
+            run("parts")
+        with pytest.raises(InputError, match="last.pt: cannot be written .Permission denied.*another folder"):
+            data.write_atomically(last, lambda file: file.write(b"new"), last.with_name("previous.pt"))
+    finally:
+        os.seteuid(0)
+    assert last.read_bytes() == before
+
+
+def test_a_folder_is_refused_while_its_run_lives_and_not_after_it_was_killed(small_run, run_folder):
+    recipe, run = small_run
+    ready, says = os.pipe()
+    child = os.fork()
+    if not child:
+        with train.locked(run_folder / "run"):
+            os.write(says, b".")
+            time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    try:
+        with pytest.raises(train.Busy, match="run: another run is writing there; wait for it or choose another --out"):
+            run("run")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert run("run")["last"]
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("where", ["predict", "score", "yardsticks", "save"])
+def test_a_signal_ends_steps_evaluations_and_saving_without_a_trace(small_run, run_folder, monkeypatch, number, status, where):
+    recipe, run = small_run
+    run("whole")
+    once = []
+
+    def interrupted(real):
+        def function(*arguments, **options):
+            if not once:
+                once.append("asked")
+                os.kill(os.getpid(), number)
+                for _ in range(1000):  # a signal's handler comes between two of Python's own steps
+                    pass
+                once.append("went on")
+            return real(*arguments, **options)
+        return function
+    owner = train.Run if where == "save" else evaluation
+    monkeypatch.setattr(owner, where, interrupted(getattr(owner, where)))
+    with pytest.raises(SystemExit) as stopped:
+        run("parts")
+    assert stopped.value.code == status and not (run_folder / "parts" / "result.json").exists()
+    assert ("went on" in once) == (where == "save")
+    state = data.read_torch(run_folder / "parts" / "last.pt")
+    assert (state["step"], len(state["history"])) == {"predict": (8, 0), "score": (8, 0), "yardsticks": (16, 2), "save": (2, 0)}[where]
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    run("parts")
+    assert_same_run(run_folder / "whole", run_folder / "parts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["gridconv-synthetic", "gridconv-synthetic-learnable", "glagcn-synthetic"])
+def test_signals_end_the_embedded_default_within_five_seconds(tmp_path, recipe):
+    rng = random.Random(recipe)
+    for trial in range(4):
+        number, status = ((signal.SIGTERM, 143), (signal.SIGINT, 130))[trial % 2]
+        run = subprocess.Popen([sys.executable, str(HERE / "train.py"), recipe, "--epochs", "2", "--eval-every", "1", "--out", str(tmp_path)],
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        while not (tmp_path / "lock").exists():
+            time.sleep(0.1)
+        time.sleep(rng.uniform(5, 40))
+        asked = time.monotonic()
+        run.send_signal(number)
+        assert run.wait() in (status, 0) and time.monotonic() - asked < 5, (trial, time.monotonic() - asked)
+
+
+# ---- nothing lost: numbers
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(small_run, run_folder, monkeypatch):
+    recipe, run = small_run
+    real = train.batch_loss
+    for what, says in (("loss", "the loss of step 6 is nan: stopped, .*last.pt holds the last good state"),
+                       ("weights", "the loss is finite, but some weights after step 6 are not: stopped, .*last.pt holds the last good")):
+        count = iter(range(1, 99))
+
+        def batch_loss(*arguments):
+            loss, prediction = real(*arguments)
+            if next(count) == 6:
+                return (loss * math.nan, prediction) if what == "loss" else (loss + (prediction - prediction).sqrt().sum(), prediction)
+            return loss, prediction
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "batch_loss", batch_loss)
+            with pytest.raises(InputError, match=says):
+                run(what)
+        state = data.read_torch(run_folder / what / "last.pt")
+        assert state["step"] == 5 and all(torch.isfinite(value).all() for value in state["model"].values())
+    broken = state["model"] | {"last.weight": torch.full((1,), math.nan)}
+    torch.save({**state, "model": broken}, run_folder / "nan.pt")
+    with pytest.raises(InputError, match="nan.pt: last.weight has NaN or infinite weights"):
+        evaluation.load_model(run_folder / "nan.pt")
+
+
+def test_gradients_are_clipped_as_the_recipe_says(run_folder):
+    norms = []
+    for clip in (0.0, 1e-3):
+        run = make_run(run_folder, clip=clip)
+        step = run.optimizer.step
+        run.optimizer.step = lambda: (norms.append(torch.stack([p.grad.norm() for p in run.model.parameters()]).norm().item()), step())
+        run.begin_epoch(0)
+        run.train_step(next(iter(run.batches(train.epoch_order(run.recipe, len(run.store), 0)))))
+    assert norms[0] > 0.01 and norms[1] == pytest.approx(1e-3, rel=1e-3)
+
+
+# ---- no one let in: hostile and damaged files of every format
+
+def good_files(folder, frames=4):
+    """{name: (loads that file, whether its format has a checksum)}: small files of every format, written to `folder`."""
+    rng, files = np.random.default_rng(0), {}
+    world = {s: {"Walking 1": rng.normal(0, 0.3, (frames, 32, 3)).astype(np.float32) + [0, 0, 1]} for s in ("S1", "S9")}
+    write_objects(folder / "data_3d_h36m.npz", positions_3d=world)
+    write_objects(folder / "data_2d_h36m_gt.npz", True, 2, positions_2d=views_of(world), metadata=META)
+    h36m = lambda: data.load_h36m(folder, "gt", ("S1", "S9"))
+    files |= {"data_3d_h36m.npz": (h36m, True), "data_2d_h36m_gt.npz": (h36m, True)}
+    eva = {f"Train/S{i}": {"Jog 1 chunk0": rng.normal(0, 0.4, (frames, 15, 3))} for i in (1, 2, 3)}
+    np.savez_compressed(folder / "data_3d_humaneva15.npz", positions_3d=np.array(eva, object))
+    write_objects(folder / "data_2d_humaneva15_gt.npz", positions_2d={
+        s: {a: [rng.uniform(0, 480, (frames, 15, 2)) for _ in range(3)] for a in actions} for s, actions in eva.items()})
+    humaneva = lambda: data.load_humaneva(folder)
+    files |= {"data_3d_humaneva15.npz": (humaneva, True), "data_2d_humaneva15_gt.npz": (humaneva, True)}
+    write_objects(folder / "data_test_3dhp.npz", data={"TS1": {**raw_3dhp(rng, frames), "valid": np.ones(frames)}})
+    files["data_test_3dhp.npz"] = lambda: data.load_3dhp(folder, "test"), True
+    (folder / "clips").mkdir()
+    for name in ("walk", "bow"):
+        (folder / "clips" / f"{name}.bvh").write_text(write_bvh(*person(bandai_names(), seed=1, frames=frames)))
+    data.convert_bvh(folder / "clips", folder, "mocap", "bow")
+    mocap = lambda: data.load_mocap(folder)
+    files |= {"data_3d_mocap.npz": (mocap, True), "data_2d_mocap_gt.npz": (mocap, True)}
+    files["clips/walk.bvh"] = lambda: data.read_bvh(folder / "clips" / "walk.bvh"), False
+    custom = {"metadata": {"layout_name": "coco", "num_joints": 17, "video_metadata": {"v.mp4": {"w": 1920, "h": 1080}}},
+              "positions_2d": {"v.mp4": {"custom": [_kp_body(frames)]}}}
+    write_objects(folder / "data_2d_custom_v.npz", **custom)
+    np.save(folder / "keypoints.npy", _kp_body(frames))
+    _kp_json(folder / "keypoints.json", _kp_list(_kp_body(frames)))
+    for name in ("data_2d_custom_v.npz", "keypoints.npy", "keypoints.json"):
+        files[name] = lambda path=folder / name: evaluation.read_keypoints(path), name.endswith(".npz")
+    for legacy in (True, False):
+        place = folder / ("legacy" if legacy else "zip")
+        gridconv_archives(place, {"S1": {"Walking 1": np.tile(world["S1"]["Walking 1"], (2, 1, 1))[:8]}}, ("S1",), "train", legacy)
+        for kind in ("2d", "3d"):
+            files[f"{place.name}/train_custom_{kind}_unnorm.pth.tar"] = lambda place=place: data.load_gridconv(place), not legacy
+        save = functools.partial(torch.save, _use_new_zipfile_serialization=not legacy, pickle_protocol=2)
+        save({"epoch": 9, "state_dict": _ev_released_gridconv("dynamic", 4), "optimizer": EvUnknownOptimizer()}, place / "gridconv.pth.tar")
+        save({"epoch": 6, "random_state": np.random.RandomState(0), "model_pos": _ev_released_glagcn(15, 1, 4)}, place / "glagcn.bin")
+        files[f"{place.name}/gridconv.pth.tar"] = lambda place=place: weights_in(place / "gridconv.pth.tar", padding=("zeros",) * 2), not legacy
+        files[f"{place.name}/glagcn.bin"] = lambda place=place: weights_in(place / "glagcn.bin", filter_widths=(3,)), not legacy
+    (folder / "runs").mkdir()
+    train.train(tiny_recipe(name="own", epochs=0.01), out=folder / "runs" / "own", quiet=True)
+    files["runs/own/best.pt"] = lambda: weights_in(folder / "runs" / "own" / "best.pt"), True
+    files["runs/own/last.pt"] = lambda: flat(data.read_torch(folder / "runs" / "own" / "last.pt")), True
+    files["runs/own/result.json"] = lambda: train.write_report(folder / "runs"), False
+    return files
+
+
+def weights_in(path, **options):
+    model = evaluation.load_model(path, **options)
+    return [vars(model.recipe), model.state_dict()]
+
+
+def mutated(content, rng):
+    """The content with one thing changed: bits, bytes, a length field, a part cut out, repeated, moved or zeroed, the end cut off."""
+    content, kind = bytearray(content), rng.randrange(9)
+    at, span = rng.randrange(len(content)), rng.choice((1, 2, 4, 8, 64, 1000))
+    if kind == 0:
+        content[at] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        for _ in range(rng.randrange(1, 20)):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+    elif kind == 2:
+        del content[at:]
+    elif kind == 3:
+        del content[at:at + span]
+    elif kind == 4:
+        content[at:at] = rng.randbytes(span)
+    elif kind == 5:
+        content[at:at + span] = bytes(len(content[at:at + span]))
+    elif kind == 6:  # a length
+        width = rng.choice((1, 2, 4, 8))
+        value = rng.choice((0, 1, 255, 2 ** (8 * width) - 1, 2 ** (8 * width - 1), 10 ** 12))
+        content[at:at + width] = (value % 2 ** (8 * width)).to_bytes(width, "little")
+    elif kind == 7:
+        content[at:at] = content[at:at + span]
+    else:  # text: another number or sign
+        content[at:at + 1] = rng.choice((b"0", b"9", b"-", b"e", b".", b'"', b"[", b"}", b"NaN", b"1e999", b"999999999999"))
+    return bytes(content)
+
+
+def same_values(one, other):
+    """Whether two nested values are equal to the last bit."""
+    if dataclasses.is_dataclass(one):
+        one, other = vars(one), vars(other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_values(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same_values, one, other))
+    if torch.is_tensor(one):
+        return torch.equal(one, other)
+    return np.array_equal(one, other, equal_nan=np.asarray(one).dtype.kind == "f")
+
+
+def numbers_in(value):
+    """Every float in a nested value."""
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, (dict, list, tuple)):
+        return [number for part in (value.values() if isinstance(value, dict) else value) for number in numbers_in(part)]
+    value = np.asarray(value)
+    return list(value.ravel()) if value.dtype.kind == "f" else []
+
+
+def fuzz(folder, cases, capsys=None):
+    files = good_files(folder)
+    noticed = {}
+    for name, (load, checksum) in files.items():
+        path, rng, good = folder / name, random.Random(name), load()
+        content = path.read_bytes()
+        assert same_values(good, load())
+        for case in range(cases):
+            path.write_bytes(mutated(content, rng))
+            try:
+                got = load()
+            except InputError as error:
+                assert "\n" not in str(error) and len(str(error)) < 2000 and Path(name).name in str(error), (name, case, error)
+                noticed[name] = noticed.get(name, 0) + 1
+                continue
+            except BaseException as error:
+                error.add_note(f"{name}, case {case}")
+                raise
+            if checksum:  # what a format without one cannot tell: a changed number or name
+                assert same_values(good, got), (name, case)
+            elif not name.endswith("json"):
+                assert np.isfinite(numbers_in(got[1:] if name.endswith("bvh") else got)).all() or "npy" in name or "tar" in name, (name, case)
+        path.write_bytes(content)
+    assert all(noticed[name] > cases // 4 for name in files), noticed
+    return noticed
+
+
+def test_mutated_files_of_every_format_load_right_or_are_refused(run_folder):
+    fuzz(run_folder, 40)
+
+
+@pytest.mark.slow
+def test_mutated_files_of_every_format_many_times(run_folder):
+    print(fuzz(run_folder, 3000))
+
+
+def crafted(*parts):
+    """A pickle of protocol 2 from its parts: bytes as they are, names as globals."""
+    return b"\x80\x02" + b"".join(part if isinstance(part, bytes) else b"c%b\n%b\n" % tuple(map(str.encode, part)) for part in parts) + b"."
+
+
+ARRAY = (("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), b"K\x00\x85U\x01b\x87R")  # an empty array, to be filled
+KIND = (("numpy", "dtype"), b"U\x02O8\x89\x88\x87R", b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb")  # objects, without their flags
+TRILLION, GIB4 = b"\x8a\x06" + (10 ** 12).to_bytes(6, "little"), b"\x8a\x05" + (2 ** 32).to_bytes(5, "little")
+HOSTILE_PICKLES = {
+    "objects read from addresses in the file": crafted(*ARRAY, b"(K\x01)", *KIND, b"\x89U\x08AAAAAAAAtb"),
+    "a constructor that allocates": crafted(("numpy", "ndarray"), GIB4, b"\x85U\x01O\x86R"),
+    "objects of a claimed shape": crafted(*ARRAY, b"(K\x01", GIB4, b"\x85", *KIND, b"\x89]tb"),
+    "a memo of a claimed size": crafted(b"Nr" + struct.pack("<I", 2 ** 28), ("os", "getcwd")),
+    "bytes of a claimed length": crafted(b"\x8e" + struct.pack("<Q", 10 ** 12)),
+    "a structure with fields of its own": crafted(*ARRAY, b"(K\x01)", ("numpy", "dtype"), b"U\x02V8\x89\x88\x87R",
+                                                  b"(K\x03U\x01|NU\x01a\x85}U\x01a", *KIND, b"K\x00\x86sK\x08K\x01K\x00tb\x89U\x08AAAAAAAAtb"),
+    "code": crafted(("os", "system"), b"U\x0etouch /tmp/own\x85R"),
+}
+
+
+def npy_header(shape, descr="<f4"):
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {"descr": descr, "fortran_order": False, "shape": shape})
+    return head.getvalue()
+
+
+def torch_claiming(folder, legacy, count, size, stride):
+    """A torch file of four float32 values, whose storage claims `count` and whose tensor `size` and `stride`."""
+    path, values = folder / "claims.pt", io.BytesIO()
+    torch.save({"a": torch.arange(4.0)}, values, _use_new_zipfile_serialization=not legacy)
+    change = lambda content: content.replace(b"K\x04" + (b"N" if legacy else b"") + b"t", count + (b"N" if legacy else b"") + b"t").replace(
+        b"K\x04\x85", size + b"\x85").replace(b"K\x01\x85", stride + b"\x85")
+    if legacy:
+        path.write_bytes(change(values.getvalue()))
+    else:
+        with zipfile.ZipFile(values) as source, zipfile.ZipFile(path, "w") as archive:
+            for info in source.infolist():
+                content = source.read(info)
+                archive.writestr(info.filename, change(content) if info.filename.endswith("data.pkl") else content)
+    return path
+
+
+def hostile_files(folder):
+    """(what it is, loads it) of files that would run code, read foreign memory, or allocate what they only claim."""
+    for what, body in HOSTILE_PICKLES.items():
+        for name, kind in (("a.npz", "npz"), ("a.npy", "npy"), ("a.pt", "zip"), ("a.bin", "legacy")):
+            path, member = folder / name, npy_header((), "|O") + body
+            if kind == "npz":
+                with zipfile.ZipFile(path, "w") as archive:
+                    archive.writestr("positions_3d.npy", member)
+            elif kind == "npy":
+                path.write_bytes(member)
+            elif kind == "zip":
+                with zipfile.ZipFile(path, "w") as archive:
+                    archive.writestr("a/data.pkl", body)
+            else:
+                path.write_bytes(b"".join(pickle.dumps(part, 2) for part in (0x1950a86a20f9469cfc6c, 1001, {"little_endian": True})) + body
+                                 + pickle.dumps([], 2))
+            yield f"{what} ({kind})", lambda: data.read_npz(path) if "np" in kind else data.read_torch(path)
+            if kind in ("zip", "legacy"):  # names it does not know are inert there
+                yield f"{what} ({kind}, inert)", lambda: evaluation.load_model(path)
+    for name in ("b.npz", "b.npy"):
+        for shape in ((10 ** 12, 17, 3), (10 ** 12, 0, 3), (-1, 17, 3)):
+            path = folder / name
+            if name == "b.npy":
+                path.write_bytes(npy_header(shape) + bytes(204))
+            else:
+                with zipfile.ZipFile(path, "w") as archive:
+                    archive.writestr("keypoints.npy", npy_header(shape) + bytes(204))
+            yield f"header {shape} in {name}", lambda: evaluation.read_keypoints(path)
+    for legacy in (True, False):
+        for what, change in {"a storage": (TRILLION, b"K\x04", b"K\x01"), "a storage of gigabytes": (GIB4, GIB4, b"K\x01"),
+                             "a tensor": (b"K\x04", TRILLION, b"K\x01"), "a tensor of one value": (b"K\x04", TRILLION, b"K\x00"),
+                             "a negative step": (b"K\x04", b"K\x04", b"J\xff\xff\xff\xff")}.items():
+            path = torch_claiming(folder, legacy, *change)
+            yield f"{what} that claims more than the file holds, {'legacy' if legacy else 'zip'}", lambda: data.read_torch(path)
+    path = folder / "deep.json"
+    path.write_text("[" * 10 ** 6)
+    yield "JSON nested a million deep", lambda: evaluation.read_keypoints(path)
+    path.write_text(json.dumps([{"image_id": i, "keypoints": [1.0] * 51} for i in (0, 1, 10 ** 12)]))
+    yield "JSON of 1e12 frames", lambda: evaluation.read_keypoints(path)
+    path = folder / "long.bvh"
+    path.write_text(re.sub(r"(?i)Frames:\s*\d+", "Frames: 1000000000000", write_bvh(*person(bandai_names(), frames=2))))
+    yield "BVH of 1e12 frames", lambda: data.read_bvh(path)
+
+
+def test_hostile_files_are_refused_without_effect(tmp_path, monkeypatch):
+    """Each is loaded by a process of its own, whose end and peak memory are looked at."""
+    monkeypatch.setattr(os, "system", lambda *_: (tmp_path / "ran").write_text("code"))
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    tried = 0
+    for what, load in hostile_files(tmp_path):
+        child = os.fork()
+        if not child:
+            try:
+                load()
+            except InputError as error:
+                os._exit(0 if "\n" not in str(error) and len(str(error)) < 1000 else 3)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(2)
+        _, status, used = os.wait4(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0, what
+        assert used.ru_maxrss * 1024 < resident() + 2 ** 27, (what, used.ru_maxrss)
+        tried += 1
+    assert tried > 50 and not (tmp_path / "ran").exists()
+
+
+# ---- nothing lost: NaN, determinism, long runs, scale
+
+def test_values_that_are_not_finite_are_refused_with_file_sequence_and_frame(run_folder):
+    good_files(run_folder)
+
+    def in_objects(name, key, *way, legacy=None):
+        def change(value):
+            content = data.read_npz(run_folder / name)[key].item() if legacy is None else data.read_torch(run_folder / name)
+            place = content
+            for depth, step in enumerate(way):
+                key_there = list(place)[step] if isinstance(place, dict) else step
+                if depth == len(way) - 1:
+                    place[key_there] = np.array(place[key_there])
+                place = place[key_there]
+            place[2] = value
+            if legacy is None:
+                write_objects(run_folder / name, **{key: content})
+            else:
+                torch.save(content, run_folder / name)
+        return change
+
+    def in_mocap(name, key, frame):
+        def change(value):
+            content = {k: v.copy() for k, v in data.read_npz(run_folder / name).items()}
+            content[key][frame] = value
+            np.savez(run_folder / name, **content)
+        return change
+
+    def in_bvh(value):
+        path = run_folder / "clips" / "walk.bvh"
+        lines = path.read_text().splitlines()
+        lines[-1] = f"{value} " + lines[-1].split(" ", 1)[1]
+        path.write_text("\n".join(lines))
+    tar = "zip/train_custom_{}_unnorm.pth.tar"
+    cases = [
+        (in_objects("data_3d_h36m.npz", "positions_3d", 1, 0), lambda: data.load_h36m(run_folder, "gt", ("S1", "S9")),
+         "data_3d_h36m.npz: S9 Walking 1: 3D, frame 2"),
+        (in_objects("data_2d_h36m_gt.npz", "positions_2d", 0, 0, 3), lambda: data.load_h36m(run_folder, "gt", ("S1",)),
+         "data_2d_h36m_gt.npz: S1 Walking 1 camera 60457274, 2D, frame 2"),
+        (in_objects("data_3d_humaneva15.npz", "positions_3d", 2, 0), lambda: data.load_humaneva(run_folder),
+         "data_3d_humaneva15.npz: Train/S3 Jog 1 chunk0: 3D, frame 2"),
+        (in_objects("data_2d_humaneva15_gt.npz", "positions_2d", 1, 0, 1), lambda: data.load_humaneva(run_folder),
+         "data_2d_humaneva15_gt.npz: Train/S2 Jog 1 chunk0 camera C2, 2D, frame 2"),
+        (in_objects("data_test_3dhp.npz", "data", 0, 0), lambda: data.load_3dhp(run_folder, "test"),
+         "data_test_3dhp.npz: TS1 TS1 camera 0, 3D, frame 2"),
+        (in_objects(tar.format("2d"), "", 1, legacy=False), lambda: data.load_gridconv(run_folder / "zip"),
+         "train_custom_2d_unnorm.pth.tar and train_custom_3d_unnorm.pth.tar: S1 Walking 1 camera 55011271, 2D, frame 2"),
+        (in_objects(tar.format("3d"), "", 0, 1, legacy=False), lambda: data.load_gridconv(run_folder / "zip"),
+         "train_custom_3d_unnorm.pth.tar: S1 Walking 1 camera 54138969, 3D, frame 2"),
+        (in_mocap("data_2d_mocap_gt.npz", "positions_2d", (0, 2)), lambda: [data.load_mocap(run_folder, split=s) for s in ("train", "test")],
+         r"data_2d_mocap_gt.npz: \w+.bvh: .* camera 54138969, 2D, frame 2"),
+        (in_mocap("data_3d_mocap.npz", "positions_3d", 3), lambda: [data.load_mocap(run_folder, split=s) for s in ("train", "test")],
+         r"data_3d_mocap.npz and .*: \w+.bvh: .* camera 54138969, 3D, frame 3"),
+        (in_bvh, lambda: data.read_bvh(run_folder / "clips" / "walk.bvh"), "walk.bvh, frame 3")]
+    for change, load, says in cases:
+        for value in (math.nan, math.inf, -1e300):  # the last is too large for float32
+            if not (change is in_bvh and value == -1e300):
+                change(value) if "mocap" not in says or value != -1e300 else None
+                with np.errstate(over="ignore", invalid="ignore"), pytest.raises(InputError, match=says + ": NaN or infinite"):
+                    load()
+        change(0.5)
+    for change, load, _ in cases:
+        load()
+
+
+def test_the_deterministic_switch_is_torchs_and_changes_nothing_on_the_cpu(small_run, run_folder, monkeypatch):
+    recipe, run = small_run
+    run("plain")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    try:
+        run("switched", deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    states = [data.read_torch(run_folder / name / "last.pt")["model"] for name in ("plain", "switched")]
+    assert same_values(*states)
+    result = json.loads((run_folder / "switched" / "result.json").read_text())
+    assert "CPU thread" in result["device"]  # whose number decides the last bits
+    assert result["recipe"]["deterministic"] and {"seed", "torch", "numpy", "python", "device", "commit"} <= result.keys()
+
+
+def long_run(run_folder, method, steps, warm_up):
+    """(bytes, file handles, tensors) gained between the step `warm_up` and the last of a run that logs, scores and saves often."""
+    sequences = data.synthesize(0, subjects=("S1", "S9"), motions=("walk",), frames=10)
+    gained = []
+
+    def look(run):
+        gc.collect()
+        gained.append((int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd")),
+                       sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "synthesize", lambda seed: sequences)
+        patch.setattr(train, "SAVE_SECONDS", 0.05)
+        real = train.Run.train_step
+
+        def train_step(self, chunk):
+            real(self, chunk)
+            if self.step in (warm_up, steps):
+                look(self)
+        patch.setattr(train.Run, "train_step", train_step)
+        recipe = killed_recipe(method, 1.0)
+        per_epoch = make_run(run_folder, **{**dataclasses.asdict(recipe), "name": ""}).epoch_steps
+        train.train(dataclasses.replace(recipe, epochs=steps / per_epoch, eval_every=20), out=run_folder / method, quiet=True)
+    return tuple(after - before for before, after in zip(*gained))
+
+
+@pytest.mark.parametrize("method", ["gridconv", "glagcn"])
+def test_memory_and_file_handles_do_not_grow(run_folder, method):
+    memory, handles, tensors = long_run(run_folder, method, 120, 60)
+    assert memory < 2 ** 24 and handles == 0 and tensors == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gridconv", "glagcn"])
+def test_memory_and_file_handles_do_not_grow_over_2000_steps(run_folder, method):
+    memory, handles, tensors = long_run(run_folder, method, 2200, 200)
+    assert memory < 2 ** 23 and handles == 0 and tensors == 0
+
+
+def run_of_many_steps(run_folder, monkeypatch, steps, capsys):
+    """A run of the embedded default's size whose steps do nothing: the bytes of its log and of its state, and its lines on stderr."""
+    monkeypatch.setattr(train.Run, "train_step", lambda self, chunk: setattr(self, "step", self.step + 1))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: {"pooled": {"mpjpe": 50.0, "p_mpjpe": 40.0}})
+    monkeypatch.setattr(train, "finish", lambda *_: {})
+    recipe = dataclasses.replace(train.RECIPES["gridconv-synthetic"], hidden=4, blocks=1, eval_every=1)
+    per_epoch = train.Run(recipe, train.make_store(recipe, "", "train", torch.device("cpu")), run_folder, torch.device("cpu")).epoch_steps
+    train.train(dataclasses.replace(recipe, epochs=steps / per_epoch), out=run_folder / "run")
+    lines = (run_folder / "run" / "log.csv").read_text().splitlines()
+    assert len(lines) == 1 + math.ceil(steps / per_epoch)
+    assert len(capsys.readouterr().err.splitlines()) == len(lines) - 1
+    return sum(map(len, lines)), (run_folder / "run" / "last.pt").stat().st_size
+
+
+def test_the_log_has_a_line_an_epoch(run_folder, monkeypatch, capsys):
+    log, _ = run_of_many_steps(run_folder, monkeypatch, 1000, capsys)
+    assert log < 5000
+
+
+@pytest.mark.slow
+def test_the_log_of_a_million_steps_stays_small(monkeypatch, tmp_path, capsys):
+    log, state = run_of_many_steps(tmp_path, monkeypatch, 10 ** 6, capsys)
+    assert log < 10 ** 6 and state < 2 * 10 ** 6, (log, state)
+
+
+def test_data_scale_measures_files_like_human36ms(tmp_path, monkeypatch, capsys):
+    said = data.scale(3 * 840)
+    assert re.match(r"2,520 frames of 7 subjects, files of \d+ MB: loaded for training and testing in \d+\.\d s, at most \d\.\d\d GB", said)
+    data.write_scale(tmp_path, 840)
+    sequences = data.load_dataset(recipe_of(), tmp_path, "train")
+    assert len(sequences) == 600 and {len(s.pose_3d) for s in sequences} == {1}
+    assert data.provenance(sequences) == "files in Human3.6M layout, made by this project"
+    for arguments, says in ((["--frames", "839"], "--frames 839: expected at least 840"), (["--frames", str(10 ** 15)], "GB of room needed")):
+        monkeypatch.setattr(sys, "argv", ["data.py", "scale", *arguments])
+        with pytest.raises(InputError, match=says):
+            data.main()
+
+
+@pytest.mark.slow
+def test_human36m_in_full_loads_in_a_minute_and_six_gigabytes():
+    done = data_command("scale")
+    seconds, memory = re.search(r"in ([\d.]+) s, at most ([\d.]+) GB", done.stdout).groups()
+    assert done.stdout.startswith("2,103,360 frames") and float(seconds) < 60 and float(memory) < 6
+
+
 # --- several processes
 
 SHARED_RUN = """
@@ -4946,8 +5756,8 @@ def test_files_of_any_other_structure_end_in_one_line(tmp_path_factory, everythi
     kind = {"h36m": "h36m", "huma": "humaneva", "3dhp": "3dhp", "unno": "gridconv"}[re.search("h36m|huma|3dhp|unno", name)[0]]
     recipe = recipe_of(data=kind, skeleton={"humaneva": "humaneva15", "3dhp": "3dhp17"}.get(kind, "h36m17"))
     try:
-        recipe = SimpleNamespace(**vars(recipe), normalise="width", target="camera", cameras="recorded", noise=0.0, missing=0.0)
-        store = evaluation.make_store(recipe, folder, "test", torch.device("cpu"))
+        wanted = SimpleNamespace(**vars(recipe), normalise="width", target="camera", cameras="recorded", noise=0.0, missing=0.0)
+        store = evaluation.make_store(wanted, folder, "test", torch.device("cpu"))
         assert torch.isfinite(store.input).all() and torch.isfinite(store.target).all()
     except InputError as error:
         assert "\n" not in str(error) and len(str(error)) < 600
@@ -4961,7 +5771,7 @@ def test_files_of_any_other_structure_end_in_one_line(tmp_path_factory, everythi
     (lambda f: write_objects(f / "data_3d_humaneva15.npz", positions_3d={"Train/S1": Hostile()}), "system, which is refused"),
     (lambda f: write_objects(f / "data_3d_humaneva15.npz", positions_3d={"Train/S1": None}), "Train/S1 is no dictionary of actions"),
     (lambda f: write_objects(f / "data_3d_humaneva15.npz", positions_3d={"Train/S1": {7: np.zeros((3, 15, 3))}}), "it holds no 7"),
-    (lambda f: damage(f, "3d", lambda a: np.full_like(a, np.nan)), "Train/S2 Walking 1 chunk1 camera C1, 3D, frame 0: NaN"),
+    (lambda f: damage(f, "3d", lambda a: np.full_like(a, np.nan)), "Train/S2 Walking 1 chunk1: 3D, frame 0: NaN"),
     (lambda f: damage(f, "3d", lambda a: a[:0]), "Train/S2 Walking 1 chunk1 camera C1: no frames; remove the sequence"),
     (lambda f: damage(f, "2d", lambda views: views[:2]), "Train/S2 Walking 1 chunk1 has 2 cameras, expected 3"),
     (lambda f: damage(f, "2d", lambda views: [v[:3] for v in views]), "2D has 3 frames, 3D has 5; make both from the same recording"),
@@ -5034,6 +5844,13 @@ def test_readme_example_runs_and_its_commands_exist():
     assert len(named) > 10
     for first, second in named:
         assert first in {*train.RECIPES, "bench", "ablate", "report", "reproduce"} and (first != "ablate" or second in train.ABLATIONS)
+
+
+def test_readme_names_a_test_for_every_promise():
+    text = (HERE / "README.md").read_text()
+    promises = re.search(r"## Promises about files and interrupted runs\n(.*?)\n## ", text, re.S)[1]
+    named = re.findall(r"`(test_\w+)`", promises)
+    assert len(named) >= 14 and all(callable(globals()[name]) for name in named)
 
 
 def test_readme_names_every_field_where_paper_and_release_differ():

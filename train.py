@@ -10,9 +10,9 @@
     python train.py reproduce --data data --quick           # what bash reproduce.sh runs: --only --all --seeds N --quick
     python train.py bench                                   # the fast forms against the plain ones, on this machine
 
-A run's folder holds last.pt (the whole state: continue by giving the same command again), best.pt (the weights of the
-epoch that was best on the test set), log.csv and result.json, with matplotlib also curves.png. Same recipe, seed and
-machine: same numbers, bit for bit on the CPU, interrupted or not.
+A run's folder holds last.pt (the whole state: continue by giving the same command again), previous.pt (the state before
+it), best.pt (the weights of the epoch that was best on the test set), log.csv and result.json, with matplotlib also
+curves.png. Same recipe, seed, machine and number of threads: same numbers, bit for bit on the CPU, interrupted or not.
 """
 
 import argparse
@@ -125,6 +125,7 @@ class Recipe:
     compile: bool = False  # torch.compile for the training step; with CUDA graphs on a GPU
     sync_norm: bool = False  # several GPUs: batch-norm statistics of the whole batch instead of each process's share
     clip: float = 0.0  # largest gradient norm; 0: none
+    deterministic: bool = False  # CUDA: the same bits every time, where torch has such an algorithm, and slower; CPUs always do
     eval_every: int = 1  # epochs between evaluations; the last epoch always is
     seed: int = 0
 
@@ -445,6 +446,7 @@ class Run:
             torch.manual_seed(recipe.seed + (rank << 41))
         self.epoch_steps = len(self.batches(epoch_order(recipe, len(store), 0)))
         self.total_steps = max(1, round(recipe.epochs * self.epoch_steps))
+        self.epochs = math.ceil(self.total_steps / self.epoch_steps)
         self.step = 0  # optimiser steps done
         self.losses = torch.zeros(self.epoch_steps, device=device)  # this epoch's, on the device: no synchronisation
         self.history, self.best, self.last, self.seconds = [], None, None, 0.0
@@ -471,10 +473,10 @@ class Run:
                 "seconds": self.seconds, "random": everyones}
 
     def save(self):
-        """last.pt, written whole or not at all; the one before stays until then."""
+        """last.pt, written whole or not at all; the one before stays, as previous.pt."""
         state = self.state()
         if self.rank == 0:
-            data.write_atomically(self.out / "last.pt", lambda file: torch.save(state, file))
+            data.write_atomically(self.out / "last.pt", lambda file: torch.save(state, file), self.out / "previous.pt")
 
     def save_best(self, epoch, scores):
         """best.pt: the weights that were best on the test set so far, as eval.load_model reads them."""
@@ -486,29 +488,33 @@ class Run:
         path = self.out / "last.pt"
         if not path.exists():
             return
-        state = data.read_torch(path)
-        if not isinstance(state, dict) or not state.keys() >= self.state().keys():
-            raise InputError(f"{path}: not the state of a run: remove it, or give another --out")
-        theirs, ours = state["recipe"], dataclasses.asdict(self.recipe)
-        differ = [f"{k} {theirs.get(k)!r} there, {v!r} here" for k, v in ours.items() if theirs.get(k) != v]
-        if differ:
-            raise InputError(f"{path}: a run of another recipe ({'; '.join(differ[:3])}): give another --out, or remove it")
-        if len(state["random"]) != self.world:
-            raise InputError(f"{path}: a run of {len(state['random'])} processes, here {self.world}: give another --out, or "
-                             "remove it")
-        if state["data_print"] != self.data_print:
-            raise InputError(f"{path}: a run on other data ({state['data']}, {state['data_print']}; here {self.trained_on}, "
-                             f"{self.data_print}): give another --out, or remove it")
-        self.model.load_state_dict(state["model"])
-        self.refinement.load_state_dict(state["refinement"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.losses.copy_(state["losses"])
-        for name in ("step", "history", "best", "last", "seconds"):
-            setattr(self, name, state[name])
-        random, random_cuda = state["random"][self.rank]
-        torch.set_rng_state(random)
-        if random_cuda is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(random_cuda, self.device)
+        state, remedy = data.read_torch(path), "remove it, or give another --out"
+        try:
+            theirs, ours = state["recipe"], dataclasses.asdict(self.recipe)
+            differ = [f"{k} {theirs.get(k)!r} there, {v!r} here" for k, v in ours.items() if theirs.get(k) != v]
+            if differ:
+                raise InputError(f"{path}: a run of another recipe ({'; '.join(differ[:3])}): {remedy}")
+            if len(state["random"]) != self.world:
+                raise InputError(f"{path}: a run of {len(state['random'])} processes, here {self.world}: {remedy}")
+            if state["data_print"] != self.data_print:
+                raise InputError(f"{path}: a run on other data ({state['data']}, {state['data_print']}; here {self.trained_on}, "
+                                 f"{self.data_print}): {remedy}")
+            self.model.load_state_dict(state["model"])
+            self.refinement.load_state_dict(state["refinement"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.losses.copy_(state["losses"])
+            for name in ("step", "history", "best", "last", "seconds"):
+                setattr(self, name, state[name])
+            if state["temperature"] is not None:
+                self.model.temperature = state["temperature"]
+            random, random_cuda = state["random"][self.rank]
+            torch.set_rng_state(random)
+            if random_cuda is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(random_cuda, self.device)
+        except InputError:
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: not the state of a run ({error}): {remedy}") from None
 
     def begin_epoch(self, epoch):
         """What changes between epochs: random cameras, AutoGrids' noise, batch-norm momentum, stage two's frozen head."""
@@ -560,29 +566,50 @@ class Run:
         self.losses[self.step % self.epoch_steps] = total
         self.step += 1
 
-    def check_finite(self, steps):
-        """InputError unless the first `steps` losses of this epoch are finite: which step was not."""
-        bad = (~torch.isfinite(self.losses[:steps])).nonzero().flatten().tolist()
+    def check_finite(self):
+        """InputError unless this epoch's losses and the weights are finite: which step was the first that was not."""
+        first = (self.step - 1) // self.epoch_steps * self.epoch_steps
+        bad = (~torch.isfinite(self.losses[:self.step - first])).nonzero().flatten().tolist()
         if bad:
-            step = (self.step - 1) // self.epoch_steps * self.epoch_steps + bad[0] + 1
-            kept = f"{self.out / 'last.pt'} holds the last good state" if (self.out / "last.pt").exists() else "nothing is saved"
-            raise InputError(f"the loss of step {step} is {self.losses[bad[0]].item()}: stopped, {kept}; a smaller --lr or "
-                             "--clip 1 may help")
+            wrong = f"the loss of step {first + bad[0] + 1} is {self.losses[bad[0]].item()}"
+        elif not all(torch.isfinite(p).all() for p in self.objective.parameters()):
+            wrong = f"the loss is finite, but some weights after step {self.step} are not"
+        else:
+            return
+        kept = f"{self.out / 'last.pt'} holds the last good state" if (self.out / "last.pt").exists() else "nothing is saved"
+        raise InputError(f"{wrong}: stopped, {kept}; a smaller --lr or --clip 1 may help")
 
 
 @contextmanager
 def locked(out):
-    """Hold a folder for one run; Busy where another live process holds it. A crash lets go of it by itself."""
+    """Hold a folder for one run, and make it whole: without what a killed process was writing, and with previous.pt in
+    the place of a last.pt that is missing or damaged. Busy where another live process holds the folder; a crash lets go
+    of it by itself."""
+    last, previous = Path(out) / "last.pt", Path(out) / "previous.pt"
     try:
-        Path(out).mkdir(parents=True, exist_ok=True)
+        last.parent.mkdir(parents=True, exist_ok=True)
         file = open(Path(out) / "lock", "w")
     except OSError as error:
         raise InputError(f"{out}: cannot make the output folder: {error.strerror}; choose another --out") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise Busy(f"{out}: another run is writing there; wait for it or choose another --out") from None
+        except OSError as error:
+            raise InputError(f"{out}: its file system cannot lock ({error.strerror}); choose another --out") from None
+        for leftover in last.parent.glob(".*.tmp"):
+            leftover.unlink()
+        if previous.exists():
+            try:
+                data.read_torch(last, remedy="the run was killed while it saved")
+            except InputError as error:
+                try:
+                    data.read_torch(previous)
+                except InputError:
+                    raise InputError(f"{error}; nor is {previous} whole: remove both to begin anew") from None
+                os.replace(previous, last)
+                print(f"warning: {error}; continuing from the checkpoint before it", file=sys.stderr)
         yield
 
 
@@ -590,16 +617,37 @@ class Busy(InputError):
     """A run's folder that another process holds."""
 
 
-@contextmanager
-def signals():
-    """Yields a list that SIGINT and SIGTERM put their number into, instead of ending the process at once."""
-    caught = []
-    previous = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
+class Signals:
+    """SIGINT and SIGTERM while this is entered: `caught` has the last one's number, 0 before; the process goes on, only
+    what `unless` runs ends at once."""
+
+    caught, at_once = 0, False
+
+    def __enter__(self):
+        self.previous = {number: signal.signal(number, self.catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+    def catch(self, number, _):
+        self.caught = number
+        if self.at_once:
+            self.at_once = False
+            raise SystemExit(128 + number)
+
+    def unless(self, function, *arguments):
+        """function(*arguments), or None where a signal came before or ended it."""
+        try:
+            self.at_once = True
+            if self.caught:
+                return None
+            return function(*arguments)
+        except SystemExit:
+            return None
+        finally:
+            self.at_once = False
 
 
 SAVE_SECONDS = 600  # at most this much work is lost to a crash
@@ -619,33 +667,41 @@ def train(recipe, folder="data", out=None, device=None, quiet=False):
     with processes(evaluation.pick_device(device)) as (rank, world, device):
         if device.type == "cuda" and recipe.precision != "float32":
             torch.set_float32_matmul_precision("high")
+        if recipe.deterministic:  # an operation without a deterministic form is an error then
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+            torch.use_deterministic_algorithms(True)
         stores = {split: make_store(recipe, folder, split, device) for split in ("train", "test")}
-        with locked(out) if rank == 0 else nullcontext(), signals() as stop:  # one process writes
+        with locked(out) if rank == 0 else nullcontext(), Signals() as signals:  # one process writes
             run = Run(recipe, stores["train"], out, device, data.provenance(stores["train"].sequences), fingerprint(stores),
                       rank, world)
+            agreed(world, 0)  # the folder is whole
             run.resume()
             show, saved = Progress(run, quiet or rank > 0), time.monotonic()
-            while run.step < run.total_steps:
-                epoch, first = divmod(run.step, run.epoch_steps)
-                last = min(run.epoch_steps, run.total_steps - epoch * run.epoch_steps)
+            while (epoch := len(run.history)) < run.epochs:  # a line of the log ends an epoch
+                first, last = epoch * run.epoch_steps, min((epoch + 1) * run.epoch_steps, run.total_steps)
                 run.begin_epoch(epoch)
                 order, started = epoch_order(recipe, len(run.store), epoch).to(device), time.perf_counter()
-                for done, chunk in enumerate(run.batches(order)[first:last], first + 1):
+                for chunk in run.batches(order)[run.step - first:last - first]:
                     run.train_step(chunk)
                     show.step()
-                    signal_caught, due = agreed(world, stop[0] if stop else 0, time.monotonic() - saved > SAVE_SECONDS)
-                    if signal_caught or due or done == last:
-                        run.check_finite(done)
+                    stop, due = agreed(world, signals.caught, time.monotonic() - saved > SAVE_SECONDS)
+                    if stop or due or run.step == last:
+                        run.check_finite()
                         run.seconds += time.perf_counter() - started
-                        if done == last:
-                            end_epoch(run, stores["test"], last, show)
                         run.save()
-                        if signal_caught:
-                            raise SystemExit(128 + signal_caught)
+                        if stop:
+                            raise SystemExit(128 + stop)
                         saved, started = time.monotonic(), time.perf_counter()
+                signals.unless(end_epoch, run, stores["test"], last - first, show)
+                (stop,) = agreed(world, signals.caught)
+                if stop:  # nothing is lost: who continues from the last step ends the epoch first
+                    raise SystemExit(128 + stop)
+                run.save()
             if rank > 0:
                 return None
-            result = finish(run, stores)
+            result = signals.unless(finish, run, stores)
+            if result is None:
+                raise SystemExit(128 + signals.caught)
             data.write_atomically(out / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
     if importlib.util.find_spec("matplotlib") and not quiet:
         evaluation.plot_curves(out)
@@ -692,7 +748,7 @@ def finish(run, stores):
               "parameters": parameters(recipe), "epochs": run.step / run.epoch_steps,
               "last": run.last, "best": run.best, "yardsticks": evaluation.yardsticks(stores["train"], stores["test"]),
               "seconds": run.seconds, "seed": recipe.seed, "commit": commit, "torch": torch.__version__,
-              "python": platform.python_version(),
+              "numpy": np.__version__, "python": platform.python_version(),
               "device": f"{run.world} x " * (run.world > 1) + device_name(run.device)}
     if recipe.refine:
         pose = evaluation.predict(run.model, stores["test"], flip=recipe.flip_test).to(run.device)
@@ -1195,7 +1251,7 @@ def ablate(table, folder, out, minutes, seeds, base_options, device=None):
             epochs[label] = max(0.01, round(minutes * 60 / seconds / steps, 2))
         text = json.dumps({"minutes": minutes, "epochs": epochs}, indent=1)
         data.write_atomically(plan, lambda file: file.write(text.encode()))
-    planned = json.loads(plan.read_text())
+    planned = data.read_json(plan)
     if planned["minutes"] != minutes:
         raise InputError(f"{plan}: planned for {planned['minutes']:g} minutes a run, now {minutes:g}: give another --out")
     epochs = planned["epochs"]
@@ -1363,11 +1419,13 @@ def write_report(folder):
     results = []
     for path in paths:
         try:
-            results.append(json.loads(path.read_text()))
+            results.append(data.read_json(path))
             report_table(results[-1:]), run_section(results[-1])
             if path.with_name("curves.png").exists():
                 results[-1]["curves"] = f"{path.parent.name}/curves.png"
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except InputError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not a result of train.py ({error}): remove it") from None
     table, results = report_table(results), [r for group in by_recipe(results) for r in group]
     text = "\n\n".join(["# Report", table, *map(run_section, results)]) + "\n"
@@ -1416,7 +1474,7 @@ def is_done(recipe, folder, place):
     if not path.exists():
         return False
     try:
-        kept = Recipe(**{k: evaluation._tuples(v) for k, v in json.loads(path.read_text())["recipe"].items()})
+        kept = Recipe(**{k: evaluation._tuples(v) for k, v in data.read_json(path)["recipe"].items()})
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
     return kept == recipe and all(p.stat().st_mtime <= path.stat().st_mtime for p in data.files_of(recipe, folder) if p.exists())
@@ -1427,8 +1485,7 @@ def evaluate_trained(recipe, folder, out, device=None):
     beside `out`, on this recipe's test data. InputError: that run is not finished."""
     out = Path(out or Path("results") / recipe.name)
     source, device = out.with_name(out.name.replace(recipe.name, recipe.weights)), evaluation.pick_device(device)
-    path = data._existing(source / "result.json", f"first: python train.py {recipe.weights} --out {source}")
-    result = json.loads(path.read_text())
+    result = data.read_json(source / "result.json", f"first: python train.py {recipe.weights} --out {source}")
     store = make_store(recipe, folder, "test", device)
     for which in ("best", "last"):
         model = evaluation.load_model(source / f"{which}.pt").to(device)
