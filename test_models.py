@@ -4888,7 +4888,7 @@ def numbers_in(value):
     return list(value.ravel()) if value.dtype.kind == "f" else []
 
 
-def fuzz(folder, cases, capsys=None):
+def fuzz(folder, cases):
     files = good_files(folder)
     noticed = {}
     for name, (load, checksum) in files.items():
