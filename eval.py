@@ -132,9 +132,13 @@ def _auc(errors):
 # --------------------------------------------------------------------------------------------------------------------
 # Models from recipes
 
-def _tuples(value):
-    """Lists, as a file keeps them, back into the tuples that the models take."""
-    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+def _tuples(value, depth=3):
+    """Lists, as a file keeps them, back into the tuples that the models take; ValueError for what no recipe holds."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    if not depth or len(value) > 100:
+        raise ValueError("lists nested deeper or longer than a recipe's")
+    return tuple(_tuples(v, depth - 1) for v in value)
 
 
 METHODS = ("gridconv", "gridconv-temporal", "glagcn", "fc", "gcn")
@@ -880,7 +884,7 @@ def _read_array(path, arrays):
 def _read_videopose3d(path, arrays):
     try:
         videos, about = (arrays[key].item() for key in ("positions_2d", "metadata"))
-        sizes = {video: (place["w"], place["h"]) for video, place in about["video_metadata"].items()}
+        sizes = {video: (float(place["w"]), float(place["h"])) for video, place in about["video_metadata"].items()}
         joints = about["layout_name"] if about.get("layout_name") in LAYOUTS else None
         return [Track(str(video) if len(actions) == len(views) == 1 else f"{video} {action} {i}", np.asarray(view, float),
                       list(range(len(view))), sizes[video], joints)
@@ -900,8 +904,11 @@ def _detection(item):
     if points.shape[1] == 2:                                                    # MMPose: pairs, their scores beside them
         points = np.column_stack((points, np.array(item.get("keypoint_scores", np.ones(len(points))), float)))
     person = next((item[k] for k in ("track_id", "idx", "person_id", "instance_id") if item.get(k) is not None), None)
-    person = person if person is None or isinstance(person, str) else f"{float(np.ravel(person)[0]):g}"
-    return person, float(item.get("score", np.mean(points[:, 2]))), points
+    if not isinstance(person, (str, type(None))):
+        number = np.ravel(person)[0].item()
+        person = str(int(number) if float(number).is_integer() else number)
+    score = item.get("score")
+    return person, float(np.mean(points[:, 2]) if score is None else score), points
 
 
 def _read_json(path, _):
@@ -910,10 +917,12 @@ def _read_json(path, _):
     people, shapes, number, crowded = {}, set(), 0, set()                       # people: {person: {frame: (score, points)}}
     try:
         places = {image["id"]: place for place, image in enumerate(about.get("images", ()))}
-        sizes = {(image["width"], image["height"]) for image in about.get("images", ()) if "width" in image}
-        told = about.get("meta_info", {}).get("dataset_name")
+        sizes = {(float(image["width"]), float(image["height"])) for image in about.get("images", ()) if image.get("width")}
+        told = str(about.get("meta_info", {}).get("dataset_name"))
         for number, entry in enumerate(about["annotations" if "annotations" in about else "instance_info"] if about else content):
             for item in entry.get("instances", [entry]):
+                if "annotations" in about and "keypoints" not in item:  # another kind of thing than a person
+                    continue
                 image = item.get("image_id", entry.get("frame_id", 0))
                 frame = places[image] if places else int(
                     re.findall(r"\d+", Path(image).stem)[-1] if isinstance(image, str) else image)
@@ -962,6 +971,12 @@ def tell_joints(keypoints):
     return "coco" if part < 0.25 else "h36m" if part > 0.35 else None
 
 
+def _seen(points, min_score=0.0):
+    """Which of the points (..., 2|3) were detected; (0, 0) is how files without scores say that one was not."""
+    xy = points[..., :2]
+    return np.isfinite(xy).all(-1) & (xy != 0).any(-1) & ((points[..., 2:] > min_score).all(-1))
+
+
 def _pixels(keypoints, joints=None, min_score=0.0):
     """Keypoints (T, J, 2|3) as (xy (T, 17, 2), NaN where missing, "coco" or "h36m"); see `prepare`."""
     points = np.asarray(keypoints, float)
@@ -970,13 +985,12 @@ def _pixels(keypoints, joints=None, min_score=0.0):
     if not any(points.shape[1] in counts for name, counts in LAYOUTS.items() if joints in (None, name)):
         raise InputError(f"{points.shape[1]} joints are no known layout: expected COCO's 17 (or 26, 133 or 136 that begin with "
                          "them) or Human3.6M's 17")
-    xy = points[:, :17, :2].copy()
-    missing = ~np.isfinite(xy).all(2) | (xy == 0).all(2)                        # (0, 0): how files without scores say it
-    if points.shape[2] == 3:
-        missing |= ~(points[:, :17, 2] > min_score)
-    xy[missing] = np.nan
-    if missing.all():
+    xy, seen = points[:, :17, :2].copy(), _seen(points[:, :17], min_score)
+    xy[~seen] = np.nan
+    if not seen.any():
         raise InputError(f"keypoints: no joint has a score above {min_score:g} in any frame")
+    if np.nanmax(np.abs(xy)) > 1e6:
+        raise InputError(f"keypoints: {np.nanmax(np.abs(xy)):.2g} is no position in pixels")
     if np.nanmax(np.abs(xy)) <= 2:
         raise InputError(f"keypoints: none beyond {np.nanmax(np.abs(xy)):.2g}; expected pixels, not parts of the image's size")
     joints = joints or ("coco" if points.shape[1] > 17 else tell_joints(xy))
@@ -1040,8 +1054,8 @@ def _rule(model, size):
     if recipe.skeleton != "h36m17" or recipe.target != "camera":
         raise InputError(f"the checkpoint was trained on {recipe.skeleton} joints with the target {recipe.target}; a video's "
                          "keypoints need one trained on h36m17 joints with the target camera")
-    if len(size) != 2 or not all(0 < side < math.inf for side in size):
-        raise InputError(f"size {' x '.join(f'{side:g}' for side in size)}: expected width and height in pixels, above 0")
+    if len(size) != 2 or not all(1 <= side <= 1e6 for side in size):
+        raise InputError(f"size {' x '.join(f'{side:g}' for side in size)}: expected width and height in pixels, 1 to a million")
     return "longest" if recipe.normalise == "release-500" and not all(999 < side < 1003 for side in size) else recipe.normalise
 
 
@@ -1067,8 +1081,9 @@ class Lifter:
     """Lifts frame by frame: lifter(keypoints (J, 2|3)) gives the pose (17, 3) of the frame `delay` frames before, None for the
     first `delay`; flush() ends the video with the poses (n, 17, 3) still owed. Together they are `lift`'s.
 
-    `delay` is half the model's window, 0 for causal and single-frame models. A missing joint stays where it was last, as
-    what comes next is not known. Arguments and errors as `lift`.
+    `delay` is half the model's window, 0 for causal and single-frame models. A missing joint, or everyone, stays where it was
+    last, as what comes next is not known; before anyone was seen there are no frames. The model is put into evaluation mode.
+    Arguments and errors as `lift`.
     """
 
     def __init__(self, model, size, joints=None, flip=None):
@@ -1078,6 +1093,8 @@ class Lifter:
         self.window, self.count, self.last = deque(maxlen=T), 0, np.empty((0, 17, 2))
 
     def __call__(self, keypoints):
+        if not _seen(np.asarray(keypoints, float)).any():
+            return self._push(self.window[-1]) if self.window else None
         xy, self.joints = _pixels(np.asarray(keypoints)[None], self.joints)
         self.last = _fill(np.concatenate((self.last, xy)), self.joints)[-1:]
         return self._push(data.normalise(TO_H36M[self.joints] @ self.last[0], self.size, self.rule))
@@ -1374,6 +1391,9 @@ def lift_command(argv):
             raise InputError(f"--{name} {getattr(args, name):g}: must be a number above 0")
     model = _load(args).to(pick_device(args.device))
     _rule(model, args.size or (1, 1))
+    for path in (args.out, *args.plot):
+        if any(given and Path(path).resolve() == Path(given).resolve() for given in (args.keypoints, args.truth, args.checkpoint)):
+            raise InputError(f"{path}: would overwrite what is read; choose another --out or --plot")
     everyone, rows = read_keypoints(args.keypoints), []
     tracks = [track for track in everyone if args.person in (None, track.person)]
     if not tracks:
@@ -1397,7 +1417,7 @@ def lift_command(argv):
     print(f"{len(result['poses'])} poses -> {args.out}")
     truth = None
     if args.truth:
-        truth = next(iter(data.read_npz(args.truth).values()))
+        truth = next(iter(data.read_npz(args.truth).values()), np.empty(0))
         if truth.shape != longest["poses"].shape:
             raise InputError(f"{args.truth}: poses {truth.shape}, lifted were {longest['poses'].shape}")
         errors = [metric(torch.tensor(longest["poses"]), torch.tensor(truth)) for metric in (mpjpe, p_mpjpe)]

@@ -45,6 +45,4 @@ if [ "${1:-}" = --test ]; then
     exec "$python" -m pytest "${@:2}"
 fi
 setup ""
-"$python" train.py reproduce --data "$DATA" --out "$RESULTS" "$@"
-echo
-echo "Everything is in $RESULTS/report.md."
+exec "$python" train.py reproduce --data "$DATA" --out "$RESULTS" "$@"  # exec: a signal reaches the training

@@ -3850,7 +3850,7 @@ KP_BAD = [
     ({"images": [{"id": 1, "width": 9, "height": 9}, {"id": 2, "width": 8, "height": 9}], "annotations": []}, (), "several sizes"),
     (_kp_list(BODY)[:1], (), "one frame, where the model looks at 3"),
     (_kp_list(np.concatenate((BODY, 0 * BODY[..., :1]), 2)), (), "no joint has a score"),
-    (_kp_list(BODY / 1920), (), "expected pixels"), (_kp_list(BODY), ("--size", "0", "480"), "size 0 x 480: .*above 0"),
+    (_kp_list(BODY / 1920), (), "expected pixels"), (_kp_list(BODY), ("--size", "0", "480"), "size 0 x 480: .*1 to a million"),
     (_kp_list(BODY), ("--size", "nan", "480"), "size nan"),
     (_kp_list(BODY), ("--person", "8"), "--person 8: not in .*; it has 0"),
     (_kp_list(BODY), ("--out", "p.txt"), "--out p.txt"), (_kp_list(BODY), ("--plot", "a.jpg"), "--plot a.jpg"),
@@ -3986,6 +3986,46 @@ def test_a_runs_curves_are_drawn_and_reported(run_folder, tmp_path):
         assert picture.size == (720, 270)
     train.write_report(tmp_path / "runs")
     assert "(one/curves.png)" in (tmp_path / "runs" / "report.md").read_text()
+
+
+def test_lifter_goes_on_where_nobody_is_seen():
+    model = _ev_shake(evaluation.build_model(_ev_recipe()))
+    model.recipe = _ev_recipe()
+    keypoints = 500 + 100 * np.random.default_rng(0).random((6, 17, 3))
+    keypoints[..., 2] = 1
+    keypoints[3] = 0
+    keypoints[4] = np.nan
+    lifter = evaluation.Lifter(model, (1000, 1000), "h36m")
+    assert lifter(np.zeros((17, 3))) is None                                     # nobody yet
+    poses = [lifter(frame) for frame in keypoints]
+    assert np.array_equal(poses[3], poses[2]) and np.array_equal(poses[4], poses[2]) and not np.array_equal(poses[5], poses[2])
+
+
+def test_a_recipe_of_lists_within_lists_is_refused(tmp_path):
+    bomb = ["circular", "replicate"]
+    for _ in range(60):
+        bomb = [bomb, bomb]
+    _ev_save(evaluation.build_model(_ev_recipe()), tmp_path / "m.pt")
+    content = torch.load(tmp_path / "m.pt", weights_only=True)
+    content["recipe"]["padding"] = bomb
+    torch.save(content, tmp_path / "m.pt")
+    with pytest.raises(InputError, match="m.pt: weights and recipe do not fit"):
+        evaluation.load_model(tmp_path / "m.pt")
+
+
+def test_large_track_numbers_and_other_things_than_people(tmp_path):
+    person = dict(category_id=1, keypoints=[100.0 + i for i in range(51)])
+    entries = [dict(person, image_id=frame, track_id=17000000001 + k, score=None) for frame in range(3) for k in (0, 1)]
+    images = [dict(id=frame, width=640, height=480) for frame in range(3)]
+    (tmp_path / "a.json").write_text(json.dumps({"images": images, "annotations": [*entries, dict(image_id=0, category_id=18)]}))
+    tracks = evaluation.read_keypoints(tmp_path / "a.json")
+    assert [track.person for track in tracks] == ["17000000001", "17000000002"] and all(len(t.keypoints) == 3 for t in tracks)
+    for wide in (None, "x", [1]):
+        images[0]["width"] = wide
+        (tmp_path / "b.json").write_text(json.dumps({"images": images, "annotations": entries}))
+        if wide is not None:
+            with pytest.raises(InputError, match="b.json"):
+                evaluation.read_keypoints(tmp_path / "b.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5197,6 +5237,30 @@ def test_human36m_in_full_loads_in_a_minute_and_six_gigabytes():
     assert done.stdout.startswith("2,103,360 frames") and float(seconds) < 60 and float(memory) < 6
 
 
+def test_bench_counts_what_is_outside_the_steps():
+    store = FrameStore(data.synthesize(0, subjects=("S1",), motions=("walk",), frames=40), "width", SKELETONS["h36m17"])
+    assert 0 <= train.outside_steps(store, torch.device("cpu")) < 0.5
+
+
+def test_plain_glagcn_of_the_benchmark_is_the_network():
+    for options in (dict(filter_widths=(3, 3)), dict(filter_widths=(3,), reconstruct=True, reconstruct_blocks=1)):
+        torch.manual_seed(0)
+        model = glagcn.GLAGCN(channels=8, dropout=0.0, **options).double()
+        x = torch.rand(3, model.receptive_field, 17, 2, dtype=torch.float64)
+        arguments = dict(return_sequence=True) if "reconstruct" in options else {}
+        fast, plain = model(x, **arguments), train.plain_glagcn(model, x, **arguments)
+        for a, b in zip(fast, plain) if arguments else ((fast, plain),):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["gridconv-synthetic", "banana"], "what does not go with a recipe"), (["gridconv-synthetic", "--quick"], "quick does not"),
+    (["reproduce", "--seed", "5"], "give --seeds N"), (["gridconv-3dhp-cross", "--out", "x"], "expected a name with")])
+def test_options_that_would_do_nothing_are_refused(argv, says, tmp_path):
+    with pytest.raises(InputError, match=says):
+        train.main([*argv, "--data", str(tmp_path)])
+
+
 # --- several processes
 
 SHARED_RUN = """
@@ -5584,7 +5648,7 @@ def test_main_job_by_independent_arithmetic(tiny_rows, everything, tmp_path, cap
     assert capsys.readouterr().out.count(" done ") == 4 and (out / "gridconv-gt" / "last.pt").stat().st_mtime_ns == before
     recipe = train.RECIPES["gridconv-gt"]
     assert train.is_done(recipe, folder, out / "gridconv-gt") and not train.is_done(dataclasses.replace(recipe, lr=1.0), folder, out / "gridconv-gt")
-    os.utime(out / "gridconv-gt" / "result.json", (1, 1))  # older than the data
+    os.utime(folder / "data_3d_h36m.npz", (1, 1))  # other data, though older than the result
     assert not train.is_done(recipe, folder, out / "gridconv-gt")
 
 

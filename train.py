@@ -31,6 +31,7 @@ import multiprocessing
 import os
 import platform
 import re
+import reprlib
 import signal
 import statistics
 import subprocess
@@ -488,10 +489,11 @@ class Run:
         path = self.out / "last.pt"
         if not path.exists():
             return
-        state, remedy = data.read_torch(path), "remove it, or give another --out"
+        remedy = "remove it, or give another --out"
+        state = data.read_torch(path, remedy=remedy)
         try:
             theirs, ours = state["recipe"], dataclasses.asdict(self.recipe)
-            differ = [f"{k} {theirs.get(k)!r} there, {v!r} here" for k, v in ours.items() if theirs.get(k) != v]
+            differ = [f"{k} {reprlib.repr(theirs.get(k))} there, {v!r} here" for k, v in ours.items() if theirs.get(k) != v]
             if differ:
                 raise InputError(f"{path}: a run of another recipe ({'; '.join(differ[:3])}): {remedy}")
             if len(state["random"]) != self.world:
@@ -505,6 +507,10 @@ class Run:
             self.losses.copy_(state["losses"])
             for name in ("step", "history", "best", "last", "seconds"):
                 setattr(self, name, state[name])
+            if not 0 <= self.step <= self.total_steps or abs(self.step / self.epoch_steps - len(self.history)) > 1:
+                raise ValueError(f"step {self.step} with {len(self.history)} epochs in the log")
+            for scores in (self.best, self.last):
+                scores is None or evaluation.headline(scores, self.recipe.data)
             if state["temperature"] is not None:
                 self.model.temperature = state["temperature"]
             random, random_cuda = state["random"][self.rank]
@@ -598,8 +604,9 @@ def locked(out):
             raise Busy(f"{out}: another run is writing there; wait for it or choose another --out") from None
         except OSError as error:
             raise InputError(f"{out}: its file system cannot lock ({error.strerror}); choose another --out") from None
-        for leftover in last.parent.glob(".*.tmp"):
-            leftover.unlink()
+        for name in ("last.pt", "best.pt", "log.csv", "result.json", "curves.png"):  # see data.write_atomically
+            for leftover in last.parent.glob(f".{name}.*.tmp"):
+                leftover.unlink()
         if previous.exists():
             try:
                 data.read_torch(last, remedy="the run was killed while it saved")
@@ -702,6 +709,7 @@ def train(recipe, folder="data", out=None, device=None, quiet=False):
             result = signals.unless(finish, run, stores)
             if result is None:
                 raise SystemExit(128 + signals.caught)
+            result["files"] = files_read(recipe, folder)
             data.write_atomically(out / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
     if importlib.util.find_spec("matplotlib") and not quiet:
         evaluation.plot_curves(out)
@@ -1007,7 +1015,7 @@ def outside_steps(store, device):
         run.train_step(chunk)
         inside += wait() - before
         agreed(1, 0, False)
-    run.check_finite(run.epoch_steps)
+    run.check_finite()
     return 1 - inside / (wait() - started)
 
 
@@ -1468,16 +1476,23 @@ def quickened(recipe):
     return dataclasses.replace(recipe, **{name: getattr(recipe, name) / 10 for name in fields})
 
 
+def files_read(recipe, folder):
+    """Name, size and time of each file that a recipe's data comes from: whether it is still the same data."""
+    paths = [path for path in data.files_of(recipe, folder) if path.exists()]
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+
+
 def is_done(recipe, folder, place):
-    """Whether `place` holds the result of this recipe, newer than its data."""
+    """Whether `place` holds the result of this recipe on these very data files, going by their sizes and times."""
     path = place / "result.json"
     if not path.exists():
         return False
     try:
-        kept = Recipe(**{k: evaluation._tuples(v) for k, v in data.read_json(path)["recipe"].items()})
+        result = data.read_json(path)
+        kept = Recipe(**{k: evaluation._tuples(v) for k, v in result["recipe"].items()})
+        return kept == recipe and result["files"] == files_read(recipe, folder)
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
-    return kept == recipe and all(p.stat().st_mtime <= path.stat().st_mtime for p in data.files_of(recipe, folder) if p.exists())
 
 
 def evaluate_trained(recipe, folder, out, device=None):
@@ -1485,13 +1500,17 @@ def evaluate_trained(recipe, folder, out, device=None):
     beside `out`, on this recipe's test data. InputError: that run is not finished."""
     out = Path(out or Path("results") / recipe.name)
     source, device = out.with_name(out.name.replace(recipe.name, recipe.weights)), evaluation.pick_device(device)
+    if source == out:
+        raise InputError(f"--out {out}: expected a name with {recipe.name} in it; beside it, with {recipe.weights} instead, "
+                         "stands the run that is evaluated")
     result = data.read_json(source / "result.json", f"first: python train.py {recipe.weights} --out {source}")
     store = make_store(recipe, folder, "test", device)
     for which in ("best", "last"):
         model = evaluation.load_model(source / f"{which}.pt").to(device)
         result[which] = {"epoch": model.epoch, **evaluation.evaluate(model, store, flip=recipe.flip_test)}
     result |= {"recipe": dataclasses.asdict(recipe), "test_data": data.provenance(store.sequences),
-               "test_frames": int(store.valid.sum()), "yardsticks": {"mean_pose": None, "affine": None}}
+               "test_frames": int(store.valid.sum()), "yardsticks": {"mean_pose": None, "affine": None},
+               "files": files_read(recipe, folder)}
     data.write_atomically(out / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
     return result
 
@@ -1506,6 +1525,8 @@ def reproduce(folder, out, device, only, everything, seeds, quick, options):
     report after every run; returns its tables. `options(recipe)` applies the command line's."""
     if seeds < 1:
         raise InputError(f"--seeds {seeds}: expected a number above 0")
+    if options(Recipe(seed=-1)).seed != -1:
+        raise InputError("--seed: the main job runs seeds 0 to N-1; give --seeds N")
     device, out, names = evaluation.pick_device(device), Path(out), rows_to_run(folder, only, everything)
     plan, lines, hours, counted, timed, total = [], [], {}, {}, {}, 0.0
     for seed in range(seeds):
@@ -1531,7 +1552,7 @@ def reproduce(folder, out, device, only, everything, seeds, quick, options):
     for recipe, place in plan:
         run_recipe(recipe, folder, place, device)
         write_report(out)
-    return write_report(out)
+    return f"{write_report(out)}\n\nEverything is in {out / 'report.md'}."
 
 
 def main(argv=None):
@@ -1562,6 +1583,10 @@ def main(argv=None):
         print(ablate(args.what, args.data, args.out or f"results/ablate-{args.what}", args.minutes,
                      3 if args.seeds is None else args.seeds, lambda recipe: with_options(recipe, args), args.device))
     elif args.recipe in RECIPES:
+        given = [name for name in ("what", "only", "all", "quick", "seeds", "full_size") if getattr(args, name)]
+        if given:
+            raise InputError(f"{given[0].replace('_', '-')} does not go with a recipe: python train.py reproduce, ablate and bench "
+                             "take more")
         result = run_recipe(with_options(RECIPES[args.recipe], args), args.data, args.out, args.device)
         if result:
             print(report_table([result]))
