@@ -1143,6 +1143,7 @@ def speed(recipe, device, timed):
                                 batch=min(recipe.batch, most), reconstruct=False, refine=False)
     key = (small.method, small.hidden, small.channels)
     if key not in timed:
+        print(f"timing a step of {small.method} on {device_name(device)} ...", file=sys.stderr, flush=True)
         pose = np.random.default_rng(0).random((256, len(data.SKELETONS[small.skeleton].joints), 3), np.float32)
         sequence = data.Sequence("S1", "timing", "", 1000 * pose[..., :2], pose, pose[:, 0] + 4, data.H36M_INTRINSICS[0],
                                  (1000, 1000), 50.0)
