@@ -5748,7 +5748,7 @@ def test_list_says_what_is_present_and_what_it_costs(tiny_rows, everything, tmp_
     recipe = train.RECIPES["glagcn-3dhp-81"]
     samples = 2 * 16 * 8 * 2  # flips, sequences, cameras, frames
     assert float(rows[recipe.name][6].replace(",", "")) == pytest.approx(samples * train.arithmetic(recipe) / 1e12, rel=1e-3)
-    assert rows["glagcn-3dhp-81"][8].startswith("lambda 0.5") and "within 0.5" in text and "1 CPU thread" in text
+    assert rows["glagcn-3dhp-81"][8].startswith("lambda 0.5") and "within 0.5" in text and train.device_name(torch.device("cpu")) in text
     recipe = train.RECIPES["gridconv-gt"]  # two seconds for 50 samples
     assert float(rows[recipe.name][7]) == pytest.approx(recipe.epochs * 3000 / 50 * 2 / 3600, rel=1e-2)
     train.list_recipes(tmp_path, "cpu")
