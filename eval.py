@@ -738,11 +738,7 @@ def draw_inside(model, poses, path):
     each attention the mean over inputs, H x P blocks of K x K taps, and its deviation over inputs. GLA-GCN: similarities.
     InputError: no matplotlib, a model that holds none of these, a suffix that matplotlib does not know.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("--plot: matplotlib is needed for pictures: pip install matplotlib") from None
-    skeleton, panels = data.SKELETONS[model.recipe.skeleton], []
+    figure, skeleton, panels = _figure(), data.SKELETONS[model.recipe.skeleton], []
 
     def heatmap(ax, values, block=None):  # rows are joints, or blocks of K x K taps
         ax.figure.colorbar(ax.imshow(values.cpu().numpy(), interpolation="nearest"), ax=ax, shrink=0.8)
@@ -795,8 +791,9 @@ def draw_inside(model, poses, path):
     if not panels:
         raise InputError(f"--plot: nothing to draw, {model.recipe.method} has neither a grid nor features of single joints")
     columns = min(4, len(panels))
-    figure = Figure(figsize=(3.6 * columns, 3.4 * -(-len(panels) // columns)), layout="constrained")
-    axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat
+    rows = -(-len(panels) // columns)
+    figure.set_size_inches(3.6 * columns, 3.4 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
     for ax, panel in zip(axes, [*panels, *[None] * (-len(panels) % columns)]):
         if panel is None:
             ax.set_axis_off()

@@ -354,10 +354,10 @@ class DynamicGridConv(GridConv):
 # 4. The grid lifting network (section 3.4, Figure 1)
 
 
-def check_pose(pose, num_joints, in_dim):
-    """ValueError unless pose is (B, num_joints, in_dim)."""
-    if pose.dim() != 3 or pose.shape[1:] != (num_joints, in_dim):
-        raise ValueError(f"pose: shape {tuple(pose.shape)}, expected (B, {num_joints}, {in_dim})")
+def check_pose(pose, *wanted):
+    """ValueError unless pose is (B, *wanted)."""
+    if tuple(pose.shape[1:]) != wanted:
+        raise ValueError(f"pose: shape {tuple(pose.shape)}, expected (B, {', '.join(map(str, wanted))})")
 
 
 class GridLayer(nn.Module):
@@ -601,9 +601,7 @@ class TemporalGridLiftingNetwork(GridLiftingNetwork):
         return self.shrink(x)
 
     def forward(self, pose):
-        wanted = (self.receptive_field, self.num_joints, self.in_dim)
-        if tuple(pose.shape[1:]) != wanted:
-            raise ValueError(f"pose: shape {tuple(pose.shape)}, expected (B, {', '.join(map(str, wanted))})")
+        check_pose(pose, self.receptive_field, self.num_joints, self.in_dim)
         return super().forward(pose.flatten(0, 1))
 
     def scheduled_norms(self):

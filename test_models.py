@@ -403,21 +403,26 @@ def test_network_sizes_of_the_paper():
     assert round(size(attention=None, hidden=512) / 1e6, 2) == 18.93  # Figure B
 
 
-@pytest.mark.parametrize("attention", ["grid", None, "channel", "spatial", "spatial+channel"])
-def test_every_network_trains_and_its_state_goes_out_and_back(attention):
-    torch.manual_seed(0)
-    options = dict(hidden=8, blocks=1, attention=attention, dropout=0.0)
-    net = gridconv.GridLiftingNetwork(**options)
-    pose, target = torch.randn(8, 17, 2), torch.randn(8, 17, 3)
-    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
-    losses = []
-    for _ in range(20):
+def training_losses(net, pose, target, lr, steps):
+    """The losses of `steps` steps of Adam on one batch, in all of which every parameter has a gradient."""
+    optimizer, losses = torch.optim.Adam(net.parameters(), lr), []
+    for _ in range(steps):
         loss = (net(pose) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         assert all(p.grad is not None for p in net.parameters())
         optimizer.step()
         losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("attention", ["grid", None, "channel", "spatial", "spatial+channel"])
+def test_every_network_trains_and_its_state_goes_out_and_back(attention):
+    torch.manual_seed(0)
+    options = dict(hidden=8, blocks=1, attention=attention, dropout=0.0)
+    net = gridconv.GridLiftingNetwork(**options)
+    pose, target = torch.randn(8, 17, 2), torch.randn(8, 17, 3)
+    losses = training_losses(net, pose, target, 1e-2, 20)
     assert losses[-1] < 0.8 * losses[0]
     other = gridconv.GridLiftingNetwork(**options)
     other.load_state_dict(net.state_dict())
@@ -667,15 +672,7 @@ def test_every_variant_trains_and_its_state_goes_out_and_back(name):
     assert net(pose).shape == (8, J, 3)
     if getattr(net, "autogrids", None) is not None:
         net.autogrids.noise = False
-    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
-    losses = []
-    for _ in range(25):
-        loss = (net(pose) - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(p.grad is not None for p in net.parameters())
-        optimizer.step()
-        losses.append(loss.item())
+    losses = training_losses(net, pose, target, 2e-3, 25)
     assert losses[1] < losses[0] and losses[-1] < 0.85 * losses[0]
     buffer = io.BytesIO()
     torch.save(net.state_dict(), buffer)
@@ -4634,6 +4631,15 @@ def stopped_at(monkeypatch, step, number=signal.SIGTERM):
     monkeypatch.setattr(train.Run, "train_step", train_step)
 
 
+def interrupted(run, folder, monkeypatch):
+    """Stop the run of that folder after its third step; returns the checkpoint it left."""
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 3)
+        with pytest.raises(SystemExit):
+            run(folder.name)
+    return folder / "last.pt"
+
+
 DAMAGE = {"truncated": lambda content: content[:len(content) // 2], "empty": lambda content: b"", "cut by one byte": lambda content: content[:-1],
           "a bit of a weight": lambda content: flipped(content, len(content) // 2), "a bit of the pickle": lambda content: flipped(content, 300)}
 
@@ -4675,11 +4681,7 @@ def test_two_damaged_checkpoints_are_one_clear_line(small_run, run_folder):
 
 def test_a_full_disk_is_one_clear_line_and_the_old_checkpoint_whole(small_run, run_folder, monkeypatch):
     recipe, run = small_run
-    with monkeypatch.context() as patch:
-        stopped_at(patch, 3)
-        with pytest.raises(SystemExit):
-            run("parts")
-    last = run_folder / "parts" / "last.pt"
+    last = interrupted(run, run_folder / "parts", monkeypatch)
     before, limits = last.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     for room in (100, len(before) // 3, len(before) - 1):  # every writer ends in an OSError there, as on a full disk
         real = train.Run.save
@@ -4702,11 +4704,7 @@ def test_a_full_disk_is_one_clear_line_and_the_old_checkpoint_whole(small_run, r
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to take its own permission away")
 def test_a_read_only_folder_is_one_clear_line_and_the_old_checkpoint_whole(small_run, run_folder, monkeypatch):
     recipe, run = small_run
-    with monkeypatch.context() as patch:
-        stopped_at(patch, 3)
-        with pytest.raises(SystemExit):
-            run("parts")
-    last = run_folder / "parts" / "last.pt"
+    last = interrupted(run, run_folder / "parts", monkeypatch)
     before = last.read_bytes()
     run_folder.parent.chmod(0o755), run_folder.chmod(0o755), last.parent.chmod(0o555)
     os.seteuid(65534)

@@ -509,8 +509,8 @@ class Run:
                 setattr(self, name, state[name])
             if not 0 <= self.step <= self.total_steps or abs(self.step / self.epoch_steps - len(self.history)) > 1:
                 raise ValueError(f"step {self.step} with {len(self.history)} epochs in the log")
-            for scores in (self.best, self.last):
-                scores is None or evaluation.headline(scores, self.recipe.data)
+            for scores in filter(None, (self.best, self.last)):
+                evaluation.headline(scores, self.recipe.data)  # has what a report needs
             if state["temperature"] is not None:
                 self.model.temperature = state["temperature"]
             random, random_cuda = state["random"][self.rank]
@@ -762,7 +762,7 @@ def finish(run, stores):
         pose = evaluation.predict(run.model, stores["test"], flip=recipe.flip_test).to(run.device)
         with torch.no_grad():
             pose = refined(run.refinement.eval(), stores["test"], pose, torch.arange(len(pose), device=run.device))
-        result["refined, with the true root position and the intrinsics"] = evaluation.score(pose.cpu(), stores["test"])
+        result[REFINED] = evaluation.score(pose.cpu(), stores["test"])
     grid = getattr(run.model, "autogrids", None)
     if grid is not None:
         result["autogrids"] = {"cells_changed": evaluation.cells_changed(run.model), "dropped": grid.dropped(),
@@ -1229,7 +1229,7 @@ def step_seconds(recipe, store, device, steps=12):
     run = Run(dataclasses.replace(recipe, epochs=1.0, stage_one_epochs=1.0 * recipe.reconstruct), store, ".", device)
     run.begin_epoch(0)
     times = []
-    for chunk in batches(epoch_order(recipe, len(run.store), 0).to(device), recipe.batch)[:steps + 3]:
+    for chunk in run.batches(epoch_order(recipe, len(run.store), 0).to(device))[:steps + 3]:
         started = time.perf_counter()
         run.train_step(chunk)
         run.losses.sum().item()  # waits for a GPU
