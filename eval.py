@@ -822,12 +822,14 @@ def cells_changed(model):
 @dataclass
 class Track:
     """One person's 2D keypoints: keypoints (T, J, 2|3), pixels and score, NaN where nothing was detected; frames, their T
-    numbers; size (width, height) and joints ("coco" or "h36m") where the file says them."""
+    numbers in the video, of which every `step`-th is here; size (width, height) and joints ("coco" or "h36m") where the file
+    says them."""
     person: str
     keypoints: np.ndarray
     frames: list
     size: tuple | None = None
     joints: str | None = None
+    step: int = 1
 
 
 def coco_to_h36m(p):
@@ -852,8 +854,9 @@ def read_keypoints(path):
 
     .json: COCO results, a list of {image_id, keypoints [x, y, score, ...], score} (Detectron2, MMPose, AlphaPose), with a
     person's number (track_id, idx, person_id or instance_id) or without; a COCO dictionary with "annotations" and "images",
-    in its images' order; MMPose's predictions ("instance_info"). image_id counts frames (a file name's last number); those
-    left out are gaps. Of several detections with one number, or none, the best-scored of each frame is taken.
+    in its images' order; MMPose's predictions ("instance_info"). image_id counts frames (a file name's last number); where
+    all lie in steps of N, every N-th frame was looked at; others left out are gaps. Of several detections with one number, or
+    none, the best-scored of each frame is taken.
     .npz: VideoPose3D's data_2d_custom_*.npz, a Track for each video. .npy, .npz: an array (T, J, 2|3).
     InputError: another kind of file, a broken one and where, nobody in it, entries without coordinates.
     """
@@ -950,7 +953,7 @@ def _read_json(path, _):
             keypoints[span.index(frame)] = points
         tracks.append(Track(person or ("untracked" if len(people) > 1 else "0"), keypoints,
                             [list(places)[frame] for frame in span] if places else list(span), next(iter(sizes), None),
-                            told if told in LAYOUTS else tell_joints(keypoints) or "coco"))
+                            told if told in LAYOUTS else tell_joints(keypoints) or "coco", step))
     return tracks
 
 
@@ -1147,10 +1150,11 @@ def _figure(**options):
     return FigureCanvasAgg(Figure(layout="constrained", **options)).figure      # no display and no global state
 
 
-def plot_poses(path, pose_2d, poses, truth=None, fps=30.0, columns=6):
+def plot_poses(path, pose_2d, poses, truth=None, fps=30.0, frames=None, columns=6):
     """A picture of 2D poses (T, 17, 2) beside their 3D poses (T, 17, 3), root-relative, from the camera and from its right:
-    `columns` frames evenly spread (.png), or an animation (.gif). Left limbs are blue, right ones orange, the ground truth
-    (T, 17, 3) dashed; equal axes about the root, one scale for all frames."""
+    `columns` frames evenly spread (.png), or an animation (.gif) at the speed of `fps` poses a second. Left limbs are blue,
+    right ones orange, the ground truth (T, 17, 3) dashed; equal axes about the root, one scale for all. frames (T,): numbers
+    to name them by."""
     moving, skeleton = Path(path).suffix.lower() == ".gif", data.SKELETONS["h36m17"]
     step = max(math.ceil(fps / 12.5), math.ceil(len(poses) / 300))              # 12.5 pictures a second, 300 at most
     shown = np.arange(0, len(poses), step) if moving else np.unique(np.linspace(0, len(poses) - 1, columns).round().astype(int))
@@ -1167,7 +1171,7 @@ def plot_poses(path, pose_2d, poses, truth=None, fps=30.0, columns=6):
         row[0].set_xlabel(title, fontsize=8) if moving else row[0].set_ylabel(title, fontsize=8)
 
     def draw(column, t):
-        column[0].set_title(f"frame {t}", fontsize=8)
+        column[0].set_title(f"frame {t if frames is None else frames[t]}", fontsize=8)
         for ax, (_, points, true) in zip(column, views):
             for line in list(ax.lines):
                 line.remove()
@@ -1258,7 +1262,8 @@ def pick_device(name=None):
 
 def make_store(recipe, folder, split, device):
     """The recipe's frames of a split ("train" or "test"), on the device; the test split through its own cameras."""
-    store = data.FrameStore(data.load_dataset(recipe, folder, split), recipe.normalise, data.SKELETONS[recipe.skeleton],
+    rule = "longest" if recipe.cameras == "random" and recipe.normalise == "release-500" else recipe.normalise  # as in `lift`
+    store = data.FrameStore(data.load_dataset(recipe, folder, split), rule, data.SKELETONS[recipe.skeleton],
                             device, target=recipe.target, cameras=recipe.cameras, noise=recipe.noise,
                             missing=recipe.missing)
     if split == "test":
@@ -1342,11 +1347,12 @@ def _lift_track(model, track, args):
         raise InputError(f"one frame, where the model looks at {model.receptive_field}; for single images take a GridConv model")
     pose_2d, interpolated = prepare(track.keypoints, args.joints or track.joints, args.min_score)
     if args.smooth:
-        pose_2d = one_euro(pose_2d / (max(size) / 2), args.fps, args.smooth) * (max(size) / 2)
+        pose_2d = one_euro(pose_2d / (max(size) / 2), args.fps / track.step, args.smooth) * (max(size) / 2)
     poses, centre, focal = lift(model, pose_2d, size, "h36m", args.flip), np.array(size) / 2, args.focal or math.hypot(*size)
     gaps, outside = interpolated.all(1), (np.abs(pose_2d - centre) > 2 * centre).any(2).mean()
-    print(f"person {track.person}: {len(poses)} frames{', smoothed' * bool(args.smooth)}; interpolated: {gaps.sum()} whole "
-          f"frames, {interpolated[~gaps].sum()} single joints")
+    how = f", one in {track.step} of the video" * (track.step > 1) + ", smoothed" * bool(args.smooth)
+    print(f"person {track.person}: {len(poses)} frames{how}; interpolated: {gaps.sum()} whole frames, "
+          f"{interpolated[~gaps].sum()} single joints")
     if not args.focal:
         print(f"root: focal length taken for the image's diagonal, {focal:.0f} pixels, that is "
               f"{2 * math.degrees(math.atan(centre[0] / focal)):.0f} degrees across; --focal where known")
@@ -1383,9 +1389,9 @@ def lift_command(argv):
         for path in paths:
             if Path(path).suffix.lower() not in kinds:
                 raise InputError(f"--{name} {path}: expected a name ending in {' or '.join(kinds)}")
-    for name in ("fps", "focal", "smooth"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            raise InputError(f"--{name} {getattr(args, name):g}: must be a number above 0")
+    for name, least in (("fps", 0.01), ("focal", 1), ("smooth", 0.01)):
+        if getattr(args, name) is not None and not least <= getattr(args, name) <= 1e6:
+            raise InputError(f"--{name} {getattr(args, name):g}: must be a number from {least:g} to a million")
     model = _load(args).to(pick_device(args.device))
     _rule(model, args.size or (1, 1))
     for path in (args.out, *args.plot):
@@ -1420,7 +1426,7 @@ def lift_command(argv):
         errors = [metric(torch.tensor(longest["poses"]), torch.tensor(truth)) for metric in (mpjpe, p_mpjpe)]
         print("against {}: MPJPE {:.1f} mm, P-MPJPE {:.1f} mm".format(args.truth, *errors))
     for path in args.plot:
-        plot_poses(path, longest["keypoints"], longest["poses"], truth, args.fps)
+        plot_poses(path, longest["keypoints"], longest["poses"], truth, args.fps / tracks[0].step, longest["frames"])
         print(f"person {longest['person'][0]} -> {path}")
     if args.benchmark:
         print(speed(model, longest["keypoints"], tuple(longest["size"][0]), args.flip))

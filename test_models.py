@@ -2683,6 +2683,18 @@ def test_data_every_epoch_and_the_test_set_have_their_own_cameras(run_folder):
         assert numbers[0] % 2 == 0 and numbers[0] < 2 ** 63 and data.TEST_DRAW % 2 == 1
 
 
+def test_data_random_cameras_are_normalised_as_lift_does(run_folder):
+    recipe = tiny_recipe(cameras="random")
+    assert recipe.normalise == "release-500"
+    store = evaluation.make_store(recipe, "", "test", "cpu")
+    for s in (0, 7):
+        size = store.sizes[s].tolist()
+        rule = evaluation._rule(SimpleNamespace(recipe=recipe), size)
+        here = store.sequence == s
+        pixels = data.project((store.pose_3d + store.root[:, None])[here].numpy(), store.intrinsics[s].numpy())
+        np.testing.assert_allclose(store.input[here], data.normalise(pixels, size, rule), atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["gridconv-wild", "glagcn-wild"])
 def test_data_wild_recipes_train_and_are_measured_through_test_cameras(run_folder, name, capsys):
     recipe = dataclasses.replace(train.RECIPES[name], data="synthetic", epochs=0.002, hidden=4, channels=4)
@@ -3852,6 +3864,7 @@ KP_BAD = [
     (_kp_list(BODY), ("--person", "8"), "--person 8: not in .*; it has 0"),
     (_kp_list(BODY), ("--out", "p.txt"), "--out p.txt"), (_kp_list(BODY), ("--plot", "a.jpg"), "--plot a.jpg"),
     (_kp_list(BODY), ("--fps", "0"), "--fps 0"), (_kp_list(BODY), ("--focal", "-3"), "--focal -3"),
+    (_kp_list(BODY), ("--focal", "1e-300"), "--focal 1e-300: must be a number from 1 to a million"),
     (_kp_list(BODY), ("--keypoints", "nowhere.json"), "nowhere.json"),
     (_kp_list(BODY), ("--keypoints", "video.mp4"), "not from .mp4"),
     (_kp_list(BODY), ("--joints", "mpii"), "mpii")]
@@ -3947,6 +3960,27 @@ def test_pictures(kp_checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match="pip install matplotlib"):
         evaluation.plot_poses(strip, _kp_body(1), poses[:1])
+
+
+def test_a_video_looked_at_every_second_frame_keeps_its_time(kp_checkpoint, tmp_path, capsys):
+    Image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    entries = [{**entry, "image_id": 10 + 2 * entry["image_id"]} for entry in _kp_list(_kp_body(8), skip=(3,))]
+    _kp_json(tmp_path / "k.json", entries)
+    titles, plain = [], evaluation._figure
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "_figure", lambda **options: titles.append(plain(**options)) or titles[-1])
+        evaluation.main(["lift", str(kp_checkpoint), "--keypoints", str(tmp_path / "k.json"), "--size", "1920", "1080", "--out",
+                         str(tmp_path / "p.npz"), "--plot", str(tmp_path / "a.gif"), str(tmp_path / "a.png"), "--fps", "20",
+                         "--smooth"])
+    assert "8 frames, one in 2 of the video, smoothed; interpolated: 1 whole" in capsys.readouterr().out
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 8 and gif.info["duration"] == 100                # ten of the video's twenty frames a second
+    assert [ax.get_title() for ax in titles[1].axes[:6]] == [f"frame {10 + 2 * t}" for t in (0, 1, 3, 4, 6, 7)]
+    with np.load(tmp_path / "p.npz") as out:
+        assert out["frames"].tolist() == list(range(10, 26, 2)) and out["fps"] == 20
+        clean = evaluation.prepare(evaluation.read_keypoints(tmp_path / "k.json")[0].keypoints, "coco")[0]
+        np.testing.assert_allclose(out["keypoints"], evaluation.one_euro(clean / 960, 10.0) * 960, rtol=1e-6)
 
 
 def test_equal_axes_and_one_scale():
