@@ -18,6 +18,7 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import struct
@@ -5274,6 +5275,23 @@ def test_bench_counts_what_is_outside_the_steps():
     assert 0 <= train.outside_steps(store, torch.device("cpu")) < 0.5
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.parametrize("fields", [{"layout": "autogrids", "noise_epochs": 0.0, "dropout": 0.0}, {**TINY_GLA, "dropout": 0.0}],
+                         ids=["gridconv", "glagcn"])
+def test_compiled_training_takes_the_same_steps(run_folder, fields):
+    losses = []
+    for compiled in (False, True):
+        recipe = tiny_recipe(**{**fields, "epochs": 1.0, "lr": 1e-3, "compile": compiled})
+        store = evaluation.make_store(recipe, "", "train", torch.device("cpu"))
+        run = train.Run(recipe, store, run_folder, torch.device("cpu"))
+        run.begin_epoch(0)
+        for chunk in run.batches(train.epoch_order(recipe, len(store), 0))[:4]:
+            run.train_step(chunk)
+        losses.append(run.losses[:4].tolist())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(set(losses[0])) == 4
+
+
 def test_plain_glagcn_of_the_benchmark_is_the_network():
     for options in (dict(filter_widths=(3, 3)), dict(filter_widths=(3,), reconstruct=True, reconstruct_blocks=1)):
         torch.manual_seed(0)
@@ -5286,7 +5304,10 @@ def test_plain_glagcn_of_the_benchmark_is_the_network():
 
 
 @pytest.mark.parametrize("argv, says", [
-    (["gridconv-synthetic", "banana"], "what does not go with a recipe"), (["gridconv-synthetic", "--quick"], "quick does not"),
+    (["gridconv-synthetic", "banana"], "banana does not go with gridconv-synthetic"),
+    (["gridconv-synthetic", "--quick"], "--quick does not go with gridconv-synthetic"), (["bench", "--seeds", "2"], "--seeds does not"),
+    (["bench", "--hidden", "8"], "--hidden does not go with bench"), (["--list", "--lr", "1"], "--lr does not go with --list"),
+    (["report", "--minutes", "3"], "--minutes does not go with report"), (["ablate", "gridconv-5", "--all"], "--all does not go"),
     (["reproduce", "--seed", "5"], "give --seeds N"), (["gridconv-3dhp-cross", "--out", "x"], "expected a name with")])
 def test_options_that_would_do_nothing_are_refused(argv, says, tmp_path):
     with pytest.raises(InputError, match=says):

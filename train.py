@@ -257,7 +257,8 @@ def make_optimizer(recipe, *modules):
     groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "ranger":
         return ranger(groups, recipe.lr)
-    return torch.optim.Adam(groups, recipe.lr, amsgrad=recipe.optimizer == "amsgrad")
+    fused = all(p.is_cuda for _, p in named) or None  # one kernel for all parameters; None: what torch does by itself
+    return torch.optim.Adam(groups, recipe.lr, amsgrad=recipe.optimizer == "amsgrad", fused=fused)
 
 
 def learning_rate(recipe, epoch):
@@ -912,9 +913,10 @@ def step_memory(build, device):
     return batch, (torch.cuda.max_memory_allocated(device) if cuda else resident()) - held
 
 
-def bench(device=None, full_size=False):
+def bench(device=None, full_size=False, compile=False):
     """Print how much faster the fast forms are than the plain ones, measured side by side on this machine, and what a step
-    costs beside: feeding, memory, poses a second. full_size: steps at Human3.6M's size instead, extrapolated to epochs."""
+    costs beside: feeding, memory, poses a second. full_size: steps at Human3.6M's size instead, extrapolated to epochs.
+    compile: also training steps through torch.compile against those without, after minutes of compiling."""
     device = evaluation.pick_device(device)
     torch.manual_seed(0)
     rate = matrix_rate(device)
@@ -945,6 +947,11 @@ def bench(device=None, full_size=False):
                 call()
         return run
 
+    def compiled(label, model, *batch):
+        mode = "reduce-overhead" if device.type == "cuda" else None
+        row(f"{label}, torch.compile against none", step(torch.compile(model, mode=mode, dynamic=False), *batch),
+            step(model, *batch))
+
     # GridConv
     layer, push = gridconv.DynamicGridConv(256, 256).to(device), torch.randn(200, 256, 5, 5, device=device)
     fast_x = torch.randn_like(push).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -957,6 +964,9 @@ def bench(device=None, full_size=False):
     row("GridConv network, training step (batch 200)", step(network, *batch), step(plain, *batch), 200)
     network.eval(), plain.eval()
     row("GridConv network, evaluation (batch 200)", lift(lambda: network(batch[0])), lift(lambda: plain(batch[0])), 200)
+
+    if compile:
+        compiled("GridConv network, training step", gridconv.GridLiftingNetwork().to(device), *batch)
 
     # GLA-GCN; without dropout, whose random numbers cost both forms the same
     B, T, C, J = 8, 243, 96, 17
@@ -973,6 +983,8 @@ def bench(device=None, full_size=False):
         batch = torch.randn(size, T, J, 2, device=device), torch.randn(size, J, 3, device=device)
         row(f"GLA-GCN, training step (batch {size}, C = {C}, T = {T})", step(model, *batch), step(model, *batch, plain=plain_glagcn),
             size)
+        if compile and T == 27:
+            compiled("GLA-GCN, T = 27, training step", model, *batch)
         model.eval()
         row(f"GLA-GCN, evaluation (batch {size}, C = {C}, T = {T})", lift(lambda: model(batch[0])),
             lift(lambda: plain_glagcn(model, batch[0])), size)
@@ -1574,20 +1586,25 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="with reproduce: a tenth of the epochs")
     add_recipe_options(parser)
     args = parser.parse_args(argv)
+    command = "--list" if args.list else args.recipe
+    takes = {"--list": "list", "report": "what", "bench": "full_size field_compile", "ablate": "what minutes seeds",
+             "reproduce": "only all seeds quick"}
+    for name, value in vars(args).items():
+        fits = name in ("recipe", "data", "out", "device", *takes.get(command, "").split()) or (
+            name.startswith("field_") and command not in ("--list", "report", "bench"))
+        if value != parser.get_default(name) and not fits:
+            option = value if name == "what" else "--" + name.removeprefix("field_").replace("_", "-")
+            raise InputError(f"{option} does not go with {command or 'no recipe'}")
     if args.list:
         list_recipes(args.data, args.device)
     elif args.recipe == "report":
         print(write_report(args.what or "results"))
     elif args.recipe == "bench":
-        bench(args.device, args.full_size)
+        bench(args.device, args.full_size, with_options(Recipe(), args).compile)
     elif args.recipe == "ablate":
         print(ablate(args.what, args.data, args.out or f"results/ablate-{args.what}", args.minutes,
                      3 if args.seeds is None else args.seeds, lambda recipe: with_options(recipe, args), args.device))
     elif args.recipe in RECIPES:
-        given = [name for name in ("what", "only", "all", "quick", "seeds", "full_size") if getattr(args, name)]
-        if given:
-            raise InputError(f"{given[0].replace('_', '-')} does not go with a recipe: python train.py reproduce, ablate and bench "
-                             "take more")
         result = run_recipe(with_options(RECIPES[args.recipe], args), args.data, args.out, args.device)
         if result:
             print(report_table([result]))
