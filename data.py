@@ -380,13 +380,14 @@ class FrameStore:
     (N, J, 3): pose_3d for target="camera"; for "uvd" the normalised pinhole projection u, v and the root-relative
     depth in metres (GridConv's rows marked with a section sign). sequence (N,) each frame's sequence, first and last
     (N,) the bounds of that sequence, root (N, 3), valid (N,) bool, intrinsics (S, 9), sizes (S, 2).
-    cameras="random" (see `random_cameras`), `noise` and `missing` (see `detect`) are drawn anew by `redraw`.
+    cameras="random" (see `random_cameras`), `noise` and `missing` (see `detect`) are drawn anew by `redraw`. swap_sides
+    exchanges the left and right joints of the input alone (GLA-GCN's Table 6, row 4).
     Raises InputError for an empty list, a wrong number of joints, an unknown rule or target, "uvd" without cameras, or
     random cameras without the recorded ones' extrinsics.
     """
 
     def __init__(self, sequences, rule, skeleton, device="cpu", dtype=torch.float32, target="camera",
-                 cameras="recorded", noise=0.0, missing=0.0):
+                 cameras="recorded", noise=0.0, missing=0.0, swap_sides=False):
         if not sequences:
             raise InputError("frame store: no sequences; choose other subjects or actions, or another split")
         for s in sequences:
@@ -409,7 +410,7 @@ class FrameStore:
         self.pose_3d = join(s.pose_3d for s in sequences)
         self.root = join(s.root for s in sequences)
         self.intrinsics = place(np.stack([s.intrinsics for s in sequences]))
-        self.rule, self.noise, self.missing = rule, noise, missing
+        self.rule, self.noise, self.missing, self.swap_sides = rule, noise, missing, swap_sides
         self._set_sizes([s.size for s in sequences])
         self._mirror = torch.tensor(skeleton.mirror, device=device)
         self._sign = torch.tensor([-1.0, 1.0, 1.0], device=device, dtype=dtype)
@@ -418,7 +419,7 @@ class FrameStore:
         if cameras == "random" or noise or missing:  # a figure measured on it is called so
             how = f", {cameras} cameras, noise {noise:g}, missing {missing:g}"
             self.sequences = [replace(s, source=s.source + how) for s in sequences]
-            self.redraw()
+        self.redraw()
 
     def __len__(self):
         return len(self.input)
@@ -439,6 +440,8 @@ class FrameStore:
         self.input = self._clean
         if self.noise or self.missing:
             self.input = detect(self._clean, self.first, self.last, self.noise, self.missing, generator)
+        if self.swap_sides:
+            self.input = self.input.index_select(1, self._mirror)
 
     def _set_sizes(self, sizes):
         self.sizes = torch.tensor(sizes, device=self.input.device)
@@ -1351,7 +1354,7 @@ def load_dataset(recipe, folder, split):
 
     The protocols: Human3.6M trains on S1 S5 S6 S7 S8, tests on S9 S11 and leaves out S11's sequence named exactly
     `Directions`, with skip = "gridconv" and detected 2D also 12 of S9; HumanEva-I trains on Train/ and tests on
-    Validate/ S1 to S3 (`actions` of the recipe, or Walk and Jog); 3DHP comes in Human3.6M's joint order where the
+    Validate/ S1 to S3 (`actions` of the recipe); 3DHP comes in Human3.6M's joint order where the
     recipe's skeleton is h36m17. Raises InputError for another name.
     """
     if split not in SPLITS:
@@ -1364,7 +1367,7 @@ def load_dataset(recipe, folder, split):
         return load_mocap(folder, "mocap", keypoints, split)
     if recipe.data == "humaneva":
         subjects = tuple(f"{'Train' if split == 'train' else 'Validate'}/S{i}" for i in (1, 2, 3))
-        return load_humaneva(folder, keypoints, subjects, getattr(recipe, "actions", None) or ("Walk", "Jog"))
+        return load_humaneva(folder, keypoints, subjects, recipe.actions)
     if recipe.data == "3dhp":
         sequences = load_3dhp(folder, split)
         if recipe.skeleton == "h36m17":

@@ -180,7 +180,7 @@ def build_model(recipe):
     `recipe` is any object with the fields method, skeleton and dropout, and for "gridconv" layout, layout_seed, grid,
     padding, hidden, blocks, kernel_sizes, attention and temperature; for "gridconv-temporal" filter_widths in place of
     blocks, kernel_sizes and attention; for "fc" and "gcn" hidden and blocks; for "glagcn" filter_widths, channels,
-    reconstruct, reconstruct_blocks, unshared_weight, causal, adaptive, temporal and head. The row, column and global
+    reconstruct, reconstruct_blocks, unshared_weight, causal, adaptive, temporal, head and normalisation. The row, column and global
     layouts are shuffles of the handcrafted one (Table B). Unknown names and impossible sizes are a ValueError.
     """
     if recipe.skeleton not in data.SKELETONS:
@@ -205,7 +205,7 @@ def build_model(recipe):
             raise InputError(f"GLA-GCN: no links for skeleton {recipe.skeleton!r}: one of {', '.join(EDGES)} expected")
         model = glagcn.GLAGCN(joints, EDGES[recipe.skeleton], **fields(
             "filter_widths", "channels", "reconstruct", "reconstruct_blocks", "unshared_weight", "dropout", "causal",
-            "adaptive", "temporal", "head"))
+            "adaptive", "temporal", "head", "normalisation"))
     else:
         raise InputError(f"method {recipe.method!r} unknown: one of {', '.join(METHODS)} expected")
     model.recipe = recipe
@@ -217,13 +217,16 @@ def build_model(recipe):
 
 # What the releases' code, rather than their files, fixes for every checkpoint.
 _RELEASED_GRIDCONV = dict(
-    method="gridconv", skeleton="h36m17", data="h36m", keypoints="gt", skip="gridconv", normalise="release-500",
+    method="gridconv", skeleton="h36m17", data="h36m", keypoints=None, skip="gridconv", normalise="release-500",
     target="camera", flip_test=False, layout=None, layout_seed=0, grid=None, padding=None, kernel_sizes=(3, (3, 3), 3),
     temperature=30.0, dropout=0.25, name="released GridConv")
 _RELEASED_GLAGCN = dict(
-    method="glagcn", skeleton=None, data=None, keypoints="gt", skip="", normalise="width", target="camera",
+    method="glagcn", skeleton=None, data=None, keypoints=None, skip="", normalise="width", target="camera",
     flip_test=True, filter_widths=None, reconstruct=False, reconstruct_blocks=3, unshared_weight=0.0, causal=False,
     adaptive=True, temporal="stride", head="individual", dropout=0.1, name="released GLA-GCN")
+# What neither release's files nor this project's older ones say.
+_NOT_SAID = dict(cameras="recorded", noise=0.0, missing=0.0, actions=("Walk", "Jog"), normalisation="column",
+                 swap_sides=False)
 DATASETS = {"h36m": ("h36m17", "h36m32"), "gridconv": ("h36m17",), "humaneva": ("humaneva15",),
             "3dhp": ("3dhp17", "h36m17"), "mocap": ("h36m17",), "synthetic": ("h36m17",)}
 
@@ -243,8 +246,10 @@ def _released_gridconv(path, state, recipe):
     model = gridconv.from_released(state, recipe["padding"], grid_shape=grid)
     model.temperature = recipe["temperature"]
     stages = {key.split(".")[1] for key in state if key.startswith("linear_stages.")}
-    return model, {**recipe, "grid": grid, "hidden": len(first), "blocks": len(stages), "attention": "grid" if attention
-                   is not None else "", "layout": "released" if learnt is None else "autogrids"}
+    detected = attention is not None and "zeros" in recipe["padding"]           # the dynamic models on HRNet's 2D alone have it
+    return model, {**recipe, "keypoints": recipe["keypoints"] or ("hrnet" if detected else "gt"), "grid": grid,
+                   "hidden": len(first), "blocks": len(stages), "attention": "grid" if attention is not None else "",
+                   "layout": "released" if learnt is None else "autogrids"}
 
 
 def _released_glagcn(path, state, recipe):
@@ -294,7 +299,7 @@ def load_model(path, **overrides):
     if not isinstance(known, dict) or not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
         raise InputError(f"{path}: no checkpoint of this project, of GridConv's release or of GLA-GCN's: it holds "
                          f"{', '.join(sorted(map(str, content))[:8]) or 'nothing'}")
-    known = {"cameras": "recorded", "noise": 0.0, "missing": 0.0, **known}       # releases' and older files know none
+    known = {**_NOT_SAID, **known}
     overrides = {name: value for name, value in overrides.items() if value is not None}
     unknown = sorted(set(overrides) - set(known))
     if unknown:
@@ -308,13 +313,15 @@ def load_model(path, **overrides):
     try:
         state = {key.removeprefix("module."): value for key, value in state.items()}  # DataParallel's prefix
         model, recipe = build(path, state, {name: _tuples(value) for name, value in {**known, **overrides}.items()})
+        if content.get("temperature") is not None and "temperature" not in overrides:
+            model.temperature = content["temperature"]  # that of the epoch, where the recipe anneals it
+        if hasattr(model, "temperature") and not 0 < model.temperature < math.inf:
+            raise ValueError(f"temperature {model.temperature:g}")
     except InputError:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = f"no entry {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
         raise InputError(f"{path}: weights and recipe do not fit: {reason}") from error
-    if content.get("temperature") is not None and "temperature" not in overrides:
-        model.temperature = content["temperature"]  # that of the epoch, where the recipe anneals it
     model.recipe = SimpleNamespace(**recipe)
     model.epoch, model.trained_on = content.get("epoch"), content.get("data", "")
     return model.eval()
@@ -341,7 +348,8 @@ def predict(model, store, index=None, flip=False, batch=None):
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     poses = []
-    for part in index.to(store.input.device).split(batch or max(1, min(4096, 32768 // frames))):
+    most = (4096, 32768) if weight.is_cuda else (256, 2048)                     # poses, frames; in a CPU's cache: twice as fast
+    for part in index.to(store.input.device).split(batch or max(1, min(most[0], most[1] // frames))):
         pose, _ = store.batch(part, frames=frames, causal=causal)               # (B, J, 2) or (B, T, J, 2)
         pose = pose.to(weight)
         poses.append(store.to_camera(_forward(model, pose, store.skeleton, flip).to(store.pose_3d), part))
@@ -512,10 +520,18 @@ HUMAN36M = "Human3.6M"
 GENUINE = {"h36m": HUMAN36M, "gridconv": HUMAN36M, "humaneva": "files in HumanEva-I layout", "3dhp": "MPI-INF-3DHP test set"}
 
 
+_PAPER_MODELS = {
+    "gridconv": dict(hidden=256, blocks=2, kernel_sizes=(3, (3, 3), 3), attention="grid", grid=(5, 5)),
+    "glagcn": dict(causal=False, adaptive=True, temporal="stride", head="individual", reconstruct_blocks=3,
+                   normalisation="column", swap_sides=False)}
+
+
 def paper_row(recipe):
     """The papers' per-action row that a recipe's settings stand for, as an entry of PAPER, or None."""
     detector = recipe.keypoints.split("_")[0]                                   # cpn_ft_h36m_dbb -> cpn
-    if recipe.skeleton != "h36m17" or recipe.method not in ("gridconv", "glagcn"):
+    if recipe.skeleton != "h36m17" or recipe.method not in _PAPER_MODELS:
+        return None
+    if any(_tuples(getattr(recipe, name)) != value for name, value in _PAPER_MODELS[recipe.method].items()):
         return None
     if recipe.method == "gridconv":
         return PAPER.get(("gridconv", detector, recipe.target)) if recipe.layout == "autogrids" else None
@@ -1051,9 +1067,9 @@ def _rule(model, size):
     `release-500` is for Human3.6M's 1000 x 1000: about the centre, in half sides. For other sizes that is `longest`.
     """
     recipe = model.recipe
-    if recipe.skeleton != "h36m17" or recipe.target != "camera":
-        raise InputError(f"the checkpoint was trained on {recipe.skeleton} joints with the target {recipe.target}; a video's "
-                         "keypoints need one trained on h36m17 joints with the target camera")
+    if recipe.skeleton != "h36m17" or recipe.target != "camera" or recipe.swap_sides:
+        raise InputError(f"the checkpoint was trained on {recipe.skeleton} joints{', sides swapped,' * recipe.swap_sides} with the "
+                         f"target {recipe.target}; a video's keypoints need one trained on h36m17 joints with the target camera")
     if len(size) != 2 or not all(1 <= side <= 1e6 for side in size):
         raise InputError(f"size {' x '.join(f'{side:g}' for side in size)}: expected width and height in pixels, 1 to a million")
     return "longest" if recipe.normalise == "release-500" and not all(999 < side < 1003 for side in size) else recipe.normalise
@@ -1265,7 +1281,7 @@ def make_store(recipe, folder, split, device):
     rule = "longest" if recipe.cameras == "random" and recipe.normalise == "release-500" else recipe.normalise  # as in `lift`
     store = data.FrameStore(data.load_dataset(recipe, folder, split), rule, data.SKELETONS[recipe.skeleton],
                             device, target=recipe.target, cameras=recipe.cameras, noise=recipe.noise,
-                            missing=recipe.missing)
+                            missing=recipe.missing, swap_sides=recipe.swap_sides)
     if split == "test":
         store.redraw(data.TEST_DRAW)
     return store
@@ -1302,6 +1318,8 @@ def evaluate_command(argv):
     model = _load(args, data=args.dataset, keypoints=args.keypoints, cameras=args.cameras, noise=args.noise,
                   missing=args.missing).to(device)
     recipe = model.recipe
+    if recipe.keypoints is None:
+        raise InputError(f"{args.checkpoint}: the file does not say its 2D poses: give --keypoints, as gt or cpn_ft_h36m_dbb")
     flip = recipe.flip_test if args.flip is None else args.flip
     store = load_store(model, args.data, "test", device)
     source = data.provenance(store.sequences)
@@ -1332,6 +1350,7 @@ def inspect_command(argv):
     parser.add_argument("--plot", metavar="FILE", help="draw it as well: a .png, .pdf or .svg (needs matplotlib)")
     args = parser.parse_args(argv)
     model = _load(args, data=args.dataset)
+    model.recipe.keypoints = model.recipe.keypoints or "gt"                     # a release's file does not say
     poses, said = probes(model, None if args.data is None else load_store(model, args.data, "test"))
     print(inspect(model, poses, said))
     if args.plot:

@@ -2181,7 +2181,7 @@ def test_data_h36m_layout(miniature, tmp_path, numpy1, protocol):
 
 
 def recipe_of(**fields):
-    return types.SimpleNamespace(**{**dict(data="h36m", keypoints="gt", skeleton="h36m17", skip=""), **fields})
+    return types.SimpleNamespace(**{**dict(data="h36m", keypoints="gt", skeleton="h36m17", skip="", actions=("Walk", "Jog")), **fields})
 
 
 def test_data_h36m_protocol_and_refusals(miniature, tmp_path):
@@ -2884,7 +2884,7 @@ def _ev_recipe(method="gridconv", **fields):
         hidden=4, blocks=1,
         kernel_sizes=(3, (3, 3), 3), padding=("circular", "replicate"), attention="grid", temperature=30.0,
         filter_widths=(3,), channels=4, reconstruct=False, reconstruct_blocks=1, unshared_weight=0.0, causal=False,
-        adaptive=True, temporal="stride", head="individual"), **fields})
+        adaptive=True, temporal="stride", head="individual", normalisation="column", swap_sides=False), **fields})
 
 
 # ---- eval: scores
@@ -3190,14 +3190,15 @@ def test_eval_reads_gridconvs_released_files(kind, tmp_path):
         evaluation.load_model(path)
     with pytest.raises(data.InputError, match="no filter_widths"):
         evaluation.load_model(path, filter_widths=(3,))
-    model, x = evaluation.load_model(path, padding=["circular", "zeros"], keypoints="hrnet"), torch.randn(3, 17, 2)
+    model, x = evaluation.load_model(path, padding=["circular", "zeros"]), torch.randn(3, 17, 2)
     want = gridconv.from_released(state, ("circular", "zeros")).eval()
     assert torch.equal(model(x), want(x)) and not torch.equal(model(x), model(x * 2))
     other = evaluation.load_model(path, padding=("circular", "replicate"))
     assert not torch.allclose(other(x), want(x), rtol=1e-3)
     recipe = model.recipe
     assert (recipe.normalise, recipe.temperature) == ("release-500", 30.0)
-    assert (recipe.keypoints, recipe.skip) == ("hrnet", "gridconv")
+    assert (recipe.keypoints, recipe.skip) == ("gt" if kind == "vanilla" else "hrnet", "gridconv")  # what it was trained on
+    assert other.recipe.keypoints == "gt" and evaluation.load_model(path, padding=("zeros",) * 2, keypoints="cpn").recipe.keypoints == "cpn"
     assert recipe.attention == ("" if kind == "vanilla" else "grid") and (recipe.hidden, recipe.blocks) == (4, 2)
     assert recipe.layout == ("autogrids" if kind == "autogrids" else "released") and model.epoch == 99
     assert ("cells changed from the start: not known" in evaluation.inspect(model)) == (kind == "autogrids")
@@ -3270,6 +3271,15 @@ def test_eval_reads_glagcns_released_files(joints, skeleton, tmp_path):
     assert torch.equal(model(x), want(x)) and model.receptive_field == 9
     assert (model.recipe.normalise, model.recipe.channels) == ("width", 8)
     assert model.recipe.data == {"h36m17": "h36m", "3dhp17": "3dhp", None: "humaneva"}[skeleton]
+    with pytest.raises(data.InputError, match="does not say its 2D poses: give --keypoints"):
+        evaluation.main([str(path), "--filter-widths", "3,3", *(["--skeleton", skeleton] if skeleton else [])])
+
+
+@pytest.mark.parametrize("temperature", ["hot", [1], torch.ones(3), math.nan, 0.0, -3.0])
+def test_a_checkpoints_temperature_is_a_number_above_0(temperature, run_folder, tmp_path):
+    torch.save({**make_run(run_folder).weights(), "temperature": temperature}, tmp_path / "m.pt")
+    with pytest.raises(InputError, match="m.pt: weights and recipe do not fit"):
+        evaluation.load_model(tmp_path / "m.pt")
 
 
 # ---- eval: tables and the command line
@@ -3281,7 +3291,7 @@ def _ev_result(actions, value=50.0):
 
 
 def test_eval_report_quotes_the_paper_only_for_human36m():
-    recipe = _ev_recipe(layout="autogrids", keypoints="hrnet")
+    recipe = _ev_recipe(layout="autogrids", keypoints="hrnet", hidden=256, blocks=2)
     result = _ev_result(evaluation.ACTIONS)
     genuine, other = evaluation.report(result, "Human3.6M", recipe), evaluation.report(result, "synthetic motion", recipe)
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in genuine.split("\n") if "|" in line]
@@ -3312,12 +3322,17 @@ def test_eval_printed_rows_average_to_their_printed_average():
     for row in evaluation.PAPER.values():
         for metric in ("mpjpe", "p_mpjpe"):
             assert len(row[metric]) == 16 and np.mean(row[metric][:15]) == pytest.approx(row[metric][15], abs=0.1)
-    pick = lambda *args, **fields: (evaluation.paper_row(_ev_recipe(*args, **fields)) or {"mpjpe": [None]})["mpjpe"][-1]
+    whole = dict(hidden=256, blocks=2, reconstruct_blocks=3)
+    pick = lambda *args, **fields: (evaluation.paper_row(_ev_recipe(*args, **{**whole, **fields})) or {"mpjpe": [None]})["mpjpe"][-1]
     assert pick("gridconv", keypoints="hrnet", layout="autogrids", target="uvd") == 46.3
     assert pick("glagcn", keypoints="cpn_ft_h36m_dbb", channels=96, filter_widths=(3,) * 5) == 44.4
     assert pick("glagcn", channels=96, filter_widths=(3,) * 5) == 28.5
     assert pick("glagcn", channels=512, reconstruct=True, filter_widths=(3,) * 5) == 21.0
     assert pick("glagcn", channels=96, filter_widths=(3,) * 3) is None and pick("gridconv", layout="autogrids") is None
+    for other in (dict(hidden=64), dict(attention=""), dict(kernel_sizes=(3, (3, 1), 3))):
+        assert pick("gridconv", keypoints="hrnet", layout="autogrids", **other) is None  # not the network of the row
+    for other in (dict(causal=True), dict(adaptive=False), dict(swap_sides=True), dict(normalisation="symmetric")):
+        assert pick("glagcn", channels=96, filter_widths=(3,) * 5, **other) is None
 
 
 def test_eval_inspect_shows_the_grid_and_its_graph():
@@ -4098,6 +4113,17 @@ def test_ranger_follows_the_releases_trajectory():
             10: (0.90873635, -1.45306325, 1.58546937), 11: (0.90951741, -1.45370053, 1.58587147)}
     for step, point in want.items():
         torch.testing.assert_close(path[step], torch.tensor(point, dtype=torch.float64), atol=1e-5, rtol=0)
+    q = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64))
+    optimizer = train.ranger([q], lr=0.01)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (q ** 4).sum()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(12)]
+    assert torch.equal(p, q) and losses[0] == 98.0  # as torch's optimisers take one
 
 
 def test_ranger_state_goes_out_and_back():
@@ -4216,12 +4242,25 @@ def test_losses_by_their_definitions(run_folder):
 def test_jitter_is_one_of_nine_rotations_and_scales():
     torch.manual_seed(0)
     target = torch.randn(900, 4, 3)
+    torch.manual_seed(1)
     out = train.jitter(target)
     assert torch.equal(out[..., 2], target[..., 2])
     ratio = torch.view_as_complex(out[..., :2].contiguous()) / torch.view_as_complex(target[..., :2].contiguous())
     assert (ratio - ratio[:, :1]).abs().max() < 1e-3  # one for each sample
     found = {(round(z.abs().item(), 2), round(math.degrees(z.angle().item()))) for z in ratio[:, 0]}
     assert found == {(s, a) for s in (0.95, 1.0, 1.05) for a in (-5, 0, 5)}
+    torch.manual_seed(1)
+    assert torch.equal(train.jitter(target.unflatten(1, (2, 2))).flatten(1, 2), out)  # of a sequence all frames alike
+
+
+def test_jitter_moves_the_targets_of_both_stages(run_folder):
+    index = torch.arange(40)
+    for stage_one in (False, True):
+        run = make_run(run_folder, **{**TINY_GLA, "reconstruct": True, "dropout": 0.0})
+        run.model.eval()
+        losses = {jitter: train.batch_loss(run.model, run.store, index, None, dataclasses.replace(run.recipe, jitter=jitter),
+                                           stage_one)[0].item() for jitter in (False, True)}
+        assert losses[False] != losses[True]
 
 
 def test_micro_batches_give_the_same_step(run_folder):
@@ -4246,6 +4285,7 @@ def test_stage_two_leaves_the_sequence_head_alone(run_folder):
     run.train_step(torch.arange(32))
     moved = [p.detach().clone() for p in run.model.sequence_head.parameters()]
     assert any(not torch.equal(a, b) for a, b in zip(head, moved))
+    run.step = run.epoch_steps
     run.begin_epoch(1)
     run.train_step(torch.arange(32))
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(moved, run.model.sequence_head.parameters()))
@@ -4262,10 +4302,23 @@ def test_norm_momentum_reaches_all_but_shortcut_norms(run_folder):
 
 
 def test_noise_ends_after_its_epochs(run_folder):
-    run = make_run(run_folder, layout="autogrids", noise_epochs=30.0, epochs=100.0)
-    for epoch, noise in ((0, True), (29, True), (30, False), (99, False)):
-        run.begin_epoch(epoch)
+    run = make_run(run_folder, layout="autogrids", noise_epochs=30.5, epochs=100.0)
+    for epoch, noise in ((0, True), (29, True), (30, True), (30.49, True), (30.5, False), (99, False)):
+        run.reach(epoch)
         assert run.model.autogrids.noise is noise
+
+
+@pytest.mark.parametrize("fields, told", [
+    ({**TINY_GLA, "epochs": 0.1, "reconstruct": True, "stage_one_epochs": 0.075}, lambda model, *rest: rest[-1]),
+    ({"layout": "autogrids", "epochs": 0.2, "noise_epochs": 0.15}, lambda model, *rest: model.autogrids.noise)],
+    ids=["stages", "noise"])
+def test_stages_and_noise_change_within_an_epoch(fields, told, run_folder, monkeypatch):
+    seen, real = [], train.batch_loss
+    monkeypatch.setattr(train, "batch_loss", lambda *arguments: seen.append(bool(told(*arguments))) or real(*arguments))
+    train.train(tiny_recipe(**fields), out=run_folder / "run", quiet=True)
+    first = sum(seen)
+    assert seen == [True] * first + [False] * (len(seen) - first)
+    assert len(seen) >= 8 and abs(first - 0.75 * len(seen)) <= 1
 
 
 def test_the_grid_has_a_learning_rate_of_its_own(run_folder):
@@ -4434,6 +4487,38 @@ def test_ablation_runs_every_row_with_every_seed_and_continues(run_folder, monke
     assert train.ablate("tiny", "", run_folder / "t", minutes=1, seeds=2, base_options=small) == text
     with pytest.raises(data.InputError, match="planned for"):
         train.ablate("tiny", "", run_folder / "t", minutes=2, seeds=2, base_options=small)
+    alone = train.ablate("tiny", "", run_folder / "t", minutes=1, seeds=1, base_options=small, only="two")
+    assert "two" in alone and "one" not in alone.split("| two")[0].split("\n\n")[1]
+    with pytest.raises(data.InputError, match="--only 'two;three': expected some of 'one;two'"):
+        train.ablate("tiny", "", run_folder / "t", minutes=1, seeds=1, base_options=small, only="two;three")
+    for broken in ("[]", "{}", '{"minutes": 1, "epochs": {"other": 1}}', '{"minutes": 1, "epochs": {"one": "x", "two": 1}}'):
+        (run_folder / "t" / "epochs.json").write_text(broken)
+        with pytest.raises(data.InputError, match="epochs.json: planned for other runs"):
+            train.ablate("tiny", "", run_folder / "t", minutes=1, seeds=1, base_options=small)
+
+
+def test_every_ablation_is_of_possible_recipes_and_the_papers_figures():
+    for table, (base, paper_is, rows) in train.ABLATIONS.items():
+        for label, (_, fields) in rows.items():
+            recipe = dataclasses.replace(train.RECIPES[base], epochs=4.0, **{**fields, "noise_epochs": 0.0})
+            train.check_recipe(dataclasses.replace(recipe, stage_one_epochs=3.0 * recipe.reconstruct))
+            evaluation.build_model(dataclasses.replace(recipe, hidden=4, channels=4))
+    papers = {table: [paper for paper, _ in rows.values()] for table, (_, _, rows) in train.ABLATIONS.items()}
+    assert papers["gridconv-6"] == [37.1, 36.4, 35.0, 33.4] and papers["glagcn-6"] == [28.0, 30.6, 27.7, 28.1, 25.8]
+    assert papers["gridconv-D"] == [40.8, 42.3, 41.1, 40.4, 40.2, 41.2, 41.5, 40.5, 39.0, 39.2, 39.3, 40.6, 39.7, 39.5, 38.9]
+    fields = train.ABLATIONS["gridconv-D"][2]["#3+#4"][1]  # the paper writes (horizontal, vertical)
+    assert fields["padding"] == (("replicate", "circular"), ("circular", "replicate"))
+
+
+def test_swapped_sides_reach_training_and_test_but_no_target(run_folder):
+    plain, swapped = (evaluation.make_store(tiny_recipe(**TINY_GLA, swap_sides=s), "", "test", "cpu") for s in (False, True))
+    assert torch.equal(swapped.input, plain.input[:, list(SKELETONS["h36m17"].mirror)]) and torch.equal(swapped.target, plain.target)
+    assert not torch.equal(swapped.input, plain.input)
+    swapped.redraw(4)
+    assert torch.equal(swapped.input, plain.input[:, list(SKELETONS["h36m17"].mirror)])
+    recipe = tiny_recipe(**TINY_GLA, swap_sides=True)
+    with pytest.raises(InputError, match="sides swapped"):
+        evaluation._rule(SimpleNamespace(recipe=recipe), (640, 480))
 
 
 def test_benchmark_compares_equal_things(run_folder):
@@ -5307,6 +5392,11 @@ def test_plain_glagcn_of_the_benchmark_is_the_network():
     (["gridconv-synthetic", "banana"], "banana does not go with gridconv-synthetic"),
     (["gridconv-synthetic", "--quick"], "--quick does not go with gridconv-synthetic"), (["bench", "--seeds", "2"], "--seeds does not"),
     (["bench", "--hidden", "8"], "--hidden does not go with bench"), (["--list", "--lr", "1"], "--lr does not go with --list"),
+    (["ablate", "gridconv-5", "--epochs", "3"], "--epochs does not go with ablate"),
+    (["ablate", "gridconv-5", "--layout-seed", "3"], "--layout-seed does not go with ablate"),
+    (["glagcn-synthetic", "--hidden", "8"], "--hidden: glagcn has none, only gridconv, gridconv-temporal, fc, gcn"),
+    (["gridconv-synthetic", "--channels", "8"], "--channels: gridconv has none, only glagcn"),
+    (["gridconv-synthetic", "--method", "fc", "--padding", "zeros"], "--padding: fc has none"),
     (["report", "--minutes", "3"], "--minutes does not go with report"), (["ablate", "gridconv-5", "--all"], "--all does not go"),
     (["reproduce", "--seed", "5"], "give --seeds N"), (["gridconv-3dhp-cross", "--out", "x"], "expected a name with")])
 def test_options_that_would_do_nothing_are_refused(argv, says, tmp_path):
@@ -5353,8 +5443,7 @@ def shares_one_after_the_other(method):
     run.losses = torch.zeros(run.epoch_steps)
 
     def step(chunk):
-        for group in run.optimizer.param_groups:
-            group["lr"] = group["scale"] * train.learning_rate(run.recipe, run.step / run.epoch_steps)
+        run.reach(run.step / run.epoch_steps)
         parameters, total, gradients = [p for p in run.model.parameters() if p.requires_grad], 0, 0
         for half in (chunk[:(len(chunk) + 1) // 2], chunk[(len(chunk) + 1) // 2:]):
             flip = half >= len(store) if run.recipe.flips else None
@@ -5523,9 +5612,10 @@ def test_every_recipe_takes_two_steps(name, everything, run_folder):
     run = train.Run(recipe, store, run_folder, torch.device("cpu"))
     before = [p.clone() for p in run.model.parameters()]
     for stage, epoch in enumerate((0, int(published.epochs) - 1)):  # the first and the last epoch: both stages of those that have two
+        run.step = epoch * run.epoch_steps + stage
         run.begin_epoch(epoch)
-        assert run.stage_one == (recipe.reconstruct and stage == 0)
         run.train_step(torch.tensor([0, len(store) - 1]))
+        assert run.stage_one == (recipe.reconstruct and stage == 0)
     assert torch.isfinite(run.losses[:2]).all() and run.losses[0] > 0
     assert any(not torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
     if "reconstruct-512" in name:

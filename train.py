@@ -76,7 +76,8 @@ class Recipe:
     data: str = "h36m"  # h36m, gridconv (its archives), humaneva, 3dhp, mocap or synthetic
     keypoints: str = "gt"  # the 2D: gt, hrnet, cpn_ft_h36m_dbb, ...
     skeleton: str = "h36m17"  # h36m17, h36m32, humaneva15 or 3dhp17
-    skip: str = ""  # test sequences left out: gridconv (facts of its release) or none
+    skip: str = ""  # further test sequences left out: gridconv (twelve of S9 on detected 2D, as its release) or none
+    actions: tuple = ("Walk", "Jog")  # of humaneva; the release has Box as well
     weights: str = ""  # nothing is trained: the recipe whose weights are evaluated on this data
     normalise: str = "release-500"  # of the 2D: release-500, width or longest
     cameras: str = "recorded"  # recorded, or random: every epoch each sequence through another camera
@@ -107,6 +108,8 @@ class Recipe:
     adaptive: bool = True  # False: ST-GCN, without C_k (Table 6)
     temporal: str = "stride"  # stride or mean (Table 6)
     head: str = "individual"  # individual or full (Table 6)
+    normalisation: str = "column"  # of the adjacency: column, as released, or symmetric, as in the paper
+    swap_sides: bool = False  # left and right joints of the 2D exchanged, in training and test (Table 6)
     head_scale: float = 1.0  # the head's first weights as a multiple of the release's, which start metres off
     # training
     loss: str = "mse"  # mse, grid (mse between grid poses) or mpjpe
@@ -131,6 +134,9 @@ class Recipe:
     seed: int = 0
 
 
+_JOINTS_32 = dict(skeleton="h36m32", grid=(7, 5))
+
+
 def _recipes():
     rows = []
 
@@ -153,11 +159,10 @@ def _recipes():
     for n, paper in enumerate((38.5, 38.2, 37.9, 37.8), 1):
         add(f"gridconv-gt-random-{n}", f"GridConv Table 5, random #{n}, P1*", paper, base=gt, layout="random", layout_seed=n,
             ours="the four random layouts")
-    joints32 = dict(skeleton="h36m32", grid=(7, 5))
     add("gridconv-gt-32", "GridConv Table 6, 32 joints handcrafted, P1*", 35.0, base=gt, layout="handcrafted",
-        ours="the 7 x 5 layout", **joints32)
+        ours="the 7 x 5 layout", **_JOINTS_32)
     add("gridconv-gt-32-learnable", "GridConv Table 6, 32 joints learnable, P1*", 33.4, base=gt_learnable,
-        ours="the 7 x 5 prior", **joints32)
+        ours="the 7 x 5 prior", **_JOINTS_32)
 
     # Temporal GridConv (B.3): "the rest settings" are VideoPose3D's.
     temporal = Recipe(method="gridconv-temporal", hidden=512, filter_widths=(3,) * 3, normalise="width", loss="mpjpe",
@@ -204,11 +209,11 @@ def _recipes():
     small_gla = Recipe(data="mocap", method="glagcn", normalise="release-500", dropout=0.0, loss="mpjpe",
                        lr=1.2e-2, batch=64, epochs=3.0, schedule="cosine-smooth", channels=32, head_scale=0.1, unshared_weight=1.0,
                        filter_widths=(3,) * 3, ours="everything but the network")
-    add("glagcn-mocap", "open mocap benchmark", base=small_gla, epochs=4.0, precision="bf16")
+    mocap_gla = add("glagcn-mocap", "open mocap benchmark", base=small_gla, epochs=4.0, precision="bf16")
     # Any video: other cameras, noise and gaps every epoch, mirrored bodies; flips double an epoch, so half as many
     wild = dict(normalise="longest", cameras="random", noise=0.01, missing=0.1, flips=True)
     add("gridconv-wild", "lifting any video", base=small, **{**wild, "epochs": 6.0, "eval_every": 2})
-    add("glagcn-wild", "lifting any video", base=small_gla, **wild)
+    add("glagcn-wild", "lifting any video", base=mocap_gla, **{**wild, "epochs": 2.0})
     tiny = dict(data="synthetic", batch=64, eval_every=2)
     grid = add("gridconv-synthetic", "embedded default", base=small, epochs=6.0, hidden=32, **tiny)
     add("gridconv-synthetic-learnable", "embedded default", base=grid, layout="autogrids", noise_epochs=0.6)
@@ -235,15 +240,18 @@ class Ranger(torch.optim.RAdam):
 
     @torch.no_grad()
     def step(self, closure=None):
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         fresh = [(p, p.clone()) for p in params if not self.state[p]]
-        loss = super().step(closure)
+        super().step()
         for p, start in fresh:
             self.state[p]["slow"] = start
         for p in params:
             if self.state[p]["step"] % 6 == 0:
                 p.copy_(self.state[p]["slow"].lerp_(p, 0.5))
-        return loss
+        return None if closure is None else loss
 
 
 ranger = Ranger  # ranger(params, lr)
@@ -293,6 +301,7 @@ def batch_loss(model, store, index, flip, recipe, stage_one=False):
     T = model.receptive_field
     if stage_one:  # global plus local loss (GLA-GCN section 3.2)
         pose, sequence = store.batch(index, T, flip=flip, all_targets=True)
+        sequence = jitter(sequence) if recipe.jitter else sequence
         local, reconstructed = model(pose, return_sequence=True)
         return mean_distance(local, sequence[:, T // 2]) + mean_distance(reconstructed, sequence), local
     pose, target = store.batch(index, T, getattr(model, "causal", False), flip)
@@ -319,9 +328,9 @@ def refined(refinement, store, prediction, index, flip=None):
 
 
 def jitter(target):
-    """GLA-GCN's release in training: (x, y) of each target (B, J, 3) turned by -5, 0 or 5 degrees about the optical
-    axis and scaled by 0.95, 1 or 1.05, the nine combinations alike; z and the 2D stay."""
-    choice = torch.randint(3, (2, len(target), 1), device=target.device) - 1
+    """GLA-GCN's release in training: (x, y) of each target (B, J, 3) or (B, T, J, 3) turned by -5, 0 or 5 degrees about the
+    optical axis and scaled by 0.95, 1 or 1.05, the nine combinations alike; z and the 2D stay."""
+    choice = torch.randint(3, (2, len(target), *[1] * (target.ndim - 2)), device=target.device) - 1
     angle, scale = choice[0] * math.radians(5), 1 + 0.05 * choice[1]
     x, y, z = target.unbind(-1)
     return torch.stack([scale * (angle.cos() * x - angle.sin() * y), scale * (angle.sin() * x + angle.cos() * y), z], -1)
@@ -386,8 +395,7 @@ def check_recipe(recipe):
     """InputError where a field of the recipe cannot be meant, before anything is loaded or built."""
     words = {"method": evaluation.METHODS, "loss": ("mse", "grid", "mpjpe"), "precision": ("float32", "tf32", "bf16"),
              "target": ("camera", "uvd"), "skip": ("", "gridconv"), "optimizer": ("adam", "amsgrad", "ranger"),
-             "cameras": ("recorded", "random"),
-             "skeleton": tuple(data.SKELETONS)}
+             "cameras": ("recorded", "random"), "skeleton": tuple(data.SKELETONS), "normalisation": ("column", "symmetric")}
     for name, known in words.items():
         if getattr(recipe, name) not in known:
             raise InputError(f"{name}: unknown {getattr(recipe, name)!r}, expected one of {', '.join(map(repr, known))}")
@@ -400,7 +408,8 @@ def check_recipe(recipe):
         if not least <= getattr(recipe, name) <= most:
             raise InputError(f"{name}: {getattr(recipe, name)!r}, expected a number from {least:g} to {most:g}")
     shapes = {"grid": ("5,5", r"\(\d+, \d+\)"), "kernel_sizes": ("3,3:3,3", r"\(\d+, \(\d+, \d+\), \d+\)"),
-              "filter_widths": ("3,3,3", r"\(\d+,( \d+,?)*\)"), "padding": ("circular,replicate", r"\((?!\)).*'.*\)")}
+              "filter_widths": ("3,3,3", r"\(\d+,( \d+,?)*\)"), "padding": ("circular,replicate", r"\((?!\)).*'.*\)"),
+              "actions": ("Walk,Jog", r"\(('[^']+',? ?)+\)")}
     for name, (example, pattern) in shapes.items():
         if not re.fullmatch(pattern, repr(getattr(recipe, name))):
             raise InputError(f"{name}: {getattr(recipe, name)!r}, expected something like {example}")
@@ -410,6 +419,11 @@ def check_recipe(recipe):
                         "norm_schedule: only glagcn and gridconv-temporal have one"),
                        (recipe.reconstruct and recipe.method != "glagcn", "reconstruct: only glagcn has a sequence head"),
                        (recipe.reconstruct and recipe.causal, "causal: a causal model has no sequence to reconstruct"),
+                       (recipe.reconstruct != (0 < recipe.stage_one_epochs < recipe.epochs),
+                        f"stage_one_epochs: {recipe.stage_one_epochs:g} of {recipe.epochs:g} epochs; with reconstruct more than 0 "
+                        "and fewer than all, without it 0"),
+                       (recipe.micro_batch == 1, "micro_batch: 1, expected at least 2 for batch norm, or 0"),
+                       (recipe.swap_sides and recipe.refine, "refine: needs the joints' own 2D, so no swap_sides"),
                        (recipe.refine and (recipe.loss == "grid" or recipe.target == "uvd"),
                         "refine: needs poses in the camera frame, so target camera and a loss on joints")):
         if wrong:
@@ -524,35 +538,42 @@ class Run:
             raise InputError(f"{path}: not the state of a run ({error}): {remedy}") from None
 
     def begin_epoch(self, epoch):
-        """What changes between epochs: random cameras, AutoGrids' noise, batch-norm momentum, stage two's frozen head."""
-        recipe, model = self.recipe, self.model
+        """What changes between epochs: random cameras and batch-norm momentum."""
+        recipe = self.recipe
         self.store.redraw(2 * (recipe.seed * 100003 + epoch))  # even: test sets have an odd number
+        if recipe.norm_schedule:
+            for norm in self.model.scheduled_norms():
+                norm.momentum = norm_momentum(epoch, recipe.epochs)
+        self.objective.train()
+
+    def reach(self, epoch):
+        """What changes at a step, `epoch` (a fraction within one) into the run: learning rate, temperature, AutoGrids' noise,
+        stage two's frozen head."""
+        recipe, model = self.recipe, self.model
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["scale"] * learning_rate(recipe, epoch)
+        if recipe.anneal_epochs:
+            model.temperature = 1 + 29 * max(0.0, 1 - epoch / recipe.anneal_epochs)
         if getattr(model, "autogrids", None) is not None:
             model.autogrids.noise = epoch < recipe.noise_epochs
-        if recipe.norm_schedule:
-            for norm in model.scheduled_norms():
-                norm.momentum = norm_momentum(epoch, recipe.epochs)
         before, self.stage_one = self.stage_one, recipe.reconstruct and epoch < recipe.stage_one_epochs
+        if self.stage_one == before:
+            return
         if recipe.reconstruct:
             model.sequence_head.requires_grad_(self.stage_one)
         self.refinement.requires_grad_(not self.stage_one)  # several processes wait for each gradient that is wanted
-        self.objective.train()
-        if self.stage_one != before:
-            self.step_loss = self.objective
-            if self.world > 1:
-                self.step_loss = nn.parallel.DistributedDataParallel(self.objective)
-            if recipe.compile:
-                mode = "reduce-overhead" if self.device.type == "cuda" else None
-                self.step_loss = torch.compile(self.step_loss, mode=mode, dynamic=False)
+        self.step_loss = self.objective
+        if self.world > 1:
+            self.step_loss = nn.parallel.DistributedDataParallel(self.objective)
+        if recipe.compile:
+            mode = "reduce-overhead" if self.device.type == "cuda" else None
+            self.step_loss = torch.compile(self.step_loss, mode=mode, dynamic=False)
 
     def train_step(self, chunk):
         """One optimiser step on the samples `chunk`, of which this process takes its share; the loss of all goes to
         self.losses."""
-        recipe, epoch = self.recipe, self.step / self.epoch_steps
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["scale"] * learning_rate(recipe, epoch)
-        if recipe.anneal_epochs:
-            self.model.temperature = 1 + 29 * max(0.0, 1 - epoch / recipe.anneal_epochs)
+        recipe = self.recipe
+        self.reach(self.step / self.epoch_steps)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
         share = chunk.tensor_split(self.world)[self.rank]
         parts = batches(share, recipe.micro_batch or len(share))
@@ -567,7 +588,7 @@ class Run:
         if self.world > 1:
             dist.all_reduce(total)
         if recipe.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+            nn.utils.clip_grad_norm_(self.objective.parameters(), recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.losses[self.step % self.epoch_steps] = total
@@ -1087,8 +1108,17 @@ def add_recipe_options(parser):
                                 dest="field_" + field.name, help=comments.get(field.name, "").replace("%", "%%") or None)
 
 
-def with_options(recipe, args):
-    """The recipe with the options given."""
+GRIDS, GLA = ("gridconv", "gridconv-temporal"), ("glagcn",)
+READ_BY = {  # fields that not every method reads
+    "layout layout_seed grid padding temperature anneal_epochs noise_epochs grid_lr": GRIDS,
+    "kernel_sizes attention": ("gridconv",), "blocks": ("gridconv", "fc", "gcn"), "hidden": (*GRIDS, "fc", "gcn"),
+    "filter_widths norm_schedule": ("gridconv-temporal", "glagcn"),
+    "channels reconstruct reconstruct_blocks unshared_weight causal adaptive temporal head head_scale normalisation "
+    "stage_one_epochs refine swap_sides": GLA}
+
+
+def with_options(recipe, args, strict=False):
+    """The recipe with the options given; strict: InputError for one that its method does not read."""
     changes = {}
     for field in dataclasses.fields(Recipe):
         text = getattr(args, "field_" + field.name, None)
@@ -1097,7 +1127,12 @@ def with_options(recipe, args):
                 changes[field.name] = parse_value(text, field.default)
             except InputError as error:
                 raise InputError(f"--{field.name.replace('_', '-')}: {error}") from None
-    return dataclasses.replace(recipe, **changes)
+    recipe = dataclasses.replace(recipe, **changes)
+    for fields, methods in READ_BY.items():
+        if strict and recipe.method not in methods and set(fields.split()) & set(changes):
+            name = min(set(fields.split()) & set(changes))
+            raise InputError(f"--{name.replace('_', '-')}: {recipe.method} has none, only {', '.join(methods)}")
+    return recipe
 
 
 def parameters(recipe):
@@ -1152,7 +1187,7 @@ def speed(recipe, device, timed):
     frames at most and up to 96 channels, without reconstruction). `timed` keeps it from one call to the next."""
     most = 512 if device.type == "cuda" else 32 if recipe.method == "glagcn" else 200  # so that it stays short
     small = dataclasses.replace(recipe, filter_widths=recipe.filter_widths[:3], channels=min(recipe.channels, 96), micro_batch=0,
-                                batch=min(recipe.batch, most), reconstruct=False, refine=False)
+                                batch=min(recipe.batch, most), reconstruct=False, stage_one_epochs=0.0, refine=False)
     key = (small.method, small.hidden, small.channels)
     if key not in timed:
         print(f"timing a step of {small.method} on {device_name(device)} ...", file=sys.stderr, flush=True)
@@ -1203,11 +1238,12 @@ def device_name(device):
 # ---------------------------------------------------------------------------------------------------------------------
 # Ablations and reports
 
-# noise_epochs is a fraction of the run here
+# noise_epochs is a fraction of the run here: one epoch of three and a half, near the paper's 30 of 100
 _LAYOUTS = {"random": (38.1, dict(layout="random")), "handcrafted": (37.1, {}),
-            "learnable": (36.4, dict(layout="autogrids", noise_epochs=0.1)),
+            "learnable": (36.4, dict(layout="autogrids", noise_epochs=2 / 7)),
             "learnable from random logits": (None, dict(layout="autogrids-random", grid_lr=3.0)),
             "those random logits, frozen": (None, dict(layout="autogrids-random", grid_lr=0.0))}
+_LEARN = dict(layout="autogrids", loss="mse", schedule="0.96/10", noise_epochs=0.3)
 _PAIRS = {"#1": "circular", "#2": "replicate", "#3": ("replicate", "circular"), "#4": ("circular", "replicate")}
 # table -> (base recipe, what the paper's figures are, {row: (paper's figure or None, fields)})
 ABLATIONS = {
@@ -1215,9 +1251,15 @@ ABLATIONS = {
     "gridconv-B": ("gridconv-mocap", "P1*, Table B", {
         "no shuffle": (37.1, {}), **{f"{how} shuffle": (paper, dict(layout=how)) for how, paper in
                                      (("row", 38.4), ("column", 37.7), ("global", 39.4))}}),
+    "gridconv-6": ("gridconv-gt", "P1*, Table 6", {
+        "17 joints, handcrafted": (37.1, {}), "17 joints, learnable": (36.4, _LEARN),
+        "32 joints, handcrafted": (35.0, dict(layout="handcrafted", **_JOINTS_32)),
+        "32 joints, learnable": (33.4, dict(_LEARN, **_JOINTS_32))}),
     "gridconv-D": ("gridconv-mocap", "P1*, Table D, vanilla", {
         name: (paper, dict(attention="", padding=tuple(_PAIRS[part] for part in name.split("+")))) for name, paper in
-        (("#1", 40.8), ("#2", 42.3), ("#1+#2", 39.0), ("#2+#3", 40.6))}),
+        (("#1", 40.8), ("#2", 42.3), ("#3", 41.1), ("#4", 40.4), ("#1+#1", 40.2), ("#2+#2", 41.2), ("#3+#3", 41.5),
+         ("#4+#4", 40.5), ("#1+#2", 39.0), ("#1+#3", 39.2), ("#1+#4", 39.3), ("#2+#3", 40.6), ("#2+#4", 39.7), ("#3+#4", 39.5),
+         ("#1+#2+#3+#4", 38.9))}),
     "gridconv-E": ("gridconv-mocap", "P1*, Table E", {
         name: (paper, dict(kernel_sizes=sizes)) for name, paper, sizes in
         (("3-33-3", 37.1, (3, (3, 3), 3)), ("3-31-3", 37.2, (3, (3, 1), 3)), ("3-53-3", 37.8, (3, (5, 3), 3)),
@@ -1227,7 +1269,8 @@ ABLATIONS = {
         "graph convolution": (None, dict(method="gcn", hidden=256))}),
     "glagcn-6": ("glagcn-mocap", "P2 on gt, Table 6", {
         "without AGCN (ST-GCN)": (28.0, dict(adaptive=False)), "without strides": (30.6, dict(temporal="mean")),
-        "without individual layers": (27.7, dict(head="full")), "GLA-GCN": (25.8, {})}),
+        "without individual layers": (27.7, dict(head="full")), "left and right swapped": (28.1, dict(swap_sides=True)),
+        "GLA-GCN": (25.8, {})}),
     "glagcn-heads": ("glagcn-mocap", "no such table", {
         f"{'with' if reconstruct else 'without'} reconstruction, lambda {weight:g}":
             (None, dict(reconstruct=reconstruct, unshared_weight=weight))
@@ -1237,20 +1280,24 @@ ABLATIONS = {
 
 def step_seconds(recipe, store, device, steps=12):
     """(seconds of a training step, steps an epoch) of the recipe on a store's frames: the median of `steps` steps, after
-    three others."""
-    run = Run(dataclasses.replace(recipe, epochs=1.0, stage_one_epochs=1.0 * recipe.reconstruct), store, ".", device)
-    run.begin_epoch(0)
-    times = []
-    for chunk in run.batches(epoch_order(recipe, len(run.store), 0).to(device))[:steps + 3]:
-        started = time.perf_counter()
-        run.train_step(chunk)
-        run.losses.sum().item()  # waits for a GPU
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[3:] or times), run.epoch_steps
+    three others; of a recipe with two stages the mean of both, as it divides its epochs."""
+    share, seconds = recipe.stage_one_epochs / recipe.epochs, 0.0
+    for stage_one, weight in ((1.0, share), (0.0, 1 - share)):
+        if weight == 0:
+            continue
+        run, times = Run(dataclasses.replace(recipe, epochs=1.0, stage_one_epochs=stage_one), store, ".", device), []
+        run.begin_epoch(0)
+        for chunk in run.batches(epoch_order(recipe, len(run.store), 0).to(device))[:steps + 3]:
+            started = time.perf_counter()
+            run.train_step(chunk)
+            run.losses.sum().item()  # waits for a GPU
+            times.append(time.perf_counter() - started)
+        seconds += weight * statistics.median(times[3:] or times)
+    return seconds, run.epoch_steps
 
 
-def ablate(table, folder, out, minutes, seeds, base_options, device=None):
-    """Train every row of a table for the same time, with several seeds, and return the table as text.
+def ablate(table, folder, out, minutes, seeds, base_options, device=None, only=""):
+    """Train the rows of a table (or those that `only` names) for the same time, with several seeds, and return the table.
 
     Each row's number of epochs is what fits into `minutes` by a timing made once and kept (out/epochs.json), so a
     repeated command continues. The same command in a second process takes the runs that the first has not begun.
@@ -1261,30 +1308,39 @@ def ablate(table, folder, out, minutes, seeds, base_options, device=None):
         raise InputError(f"--minutes {minutes:g}, --seeds {seeds}: expected numbers above 0")
     base, paper_is, rows = ABLATIONS[table]
     base, out = base_options(RECIPES[base]), Path(out)
-    check_recipe(base)
+    wanted = only.split(";") if only else [*rows]
+    if not set(wanted) <= rows.keys():
+        raise InputError(f"--only {only!r}: expected some of '{';'.join(rows)}'")
+    rows = {label: rows[label] for label in wanted}
+
+    def recipe_of(label, epochs, seed=0):
+        fields = rows[label][1]
+        recipe = dataclasses.replace(base, **{"name": f"{label}, seed {seed}", "seed": seed, "layout_seed": seed, "epochs": epochs,
+                                              "eval_every": 10 ** 9, **fields})
+        recipe = dataclasses.replace(recipe, noise_epochs=fields.get("noise_epochs", 0.0) * epochs,
+                                     stage_one_epochs=0.75 * epochs if recipe.reconstruct else 0.0)
+        check_recipe(recipe)
+        return recipe
+
     plan = out / "epochs.json"
     if not plan.exists():
         epochs = {}
-        for label, (_, fields) in rows.items():
-            timed = dataclasses.replace(base, **fields)
-            place = evaluation.pick_device(device)
+        for label in rows:
+            timed, place = recipe_of(label, 1.0), evaluation.pick_device(device)
             seconds, steps = step_seconds(timed, make_store(timed, folder, "train", place), place)
             epochs[label] = max(0.01, round(minutes * 60 / seconds / steps, 2))
         text = json.dumps({"minutes": minutes, "epochs": epochs}, indent=1)
         data.write_atomically(plan, lambda file: file.write(text.encode()))
-    planned = data.read_json(plan)
-    if planned["minutes"] != minutes:
-        raise InputError(f"{plan}: planned for {planned['minutes']:g} minutes a run, now {minutes:g}: give another --out")
-    epochs = planned["epochs"]
-    runs = {}
-    for seed in range(seeds):  # seed by seed, so that an unfinished table is already fair
-        for label, (_, fields) in rows.items():
-            recipe = dataclasses.replace(base, **{"seed": seed, "layout_seed": seed, "epochs": epochs[label],
-                                                  "eval_every": 10 ** 9, **fields})
-            recipe = dataclasses.replace(recipe, name=f"{label}, seed {seed}",
-                                         noise_epochs=fields.get("noise_epochs", 0.0) * recipe.epochs,
-                                         stage_one_epochs=0.75 * recipe.epochs if recipe.reconstruct else 0.0)
-            runs[label, seed] = recipe, out / re.sub(r"[^\w.]+", "-", recipe.name)
+    try:
+        planned = data.read_json(plan)
+        epochs = {label: float(planned["epochs"][label]) for label in rows}
+        if planned["minutes"] != minutes:
+            raise ValueError(f"{planned['minutes']:g} minutes a run")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{plan}: planned for other runs ({error}): give another --out, or remove it") from None
+    # seed by seed, so that an unfinished table is already fair
+    runs = {(label, seed): recipe_of(label, epochs[label], seed) for seed in range(seeds) for label in rows}
+    runs = {key: (recipe, out / re.sub(r"[^\w.]+", "-", recipe.name)) for key, recipe in runs.items()}
     results, waiting = {}, dict(runs)
     while waiting:
         for key, (recipe, place) in list(waiting.items()):
@@ -1581,17 +1637,19 @@ def main(argv=None):
     parser.add_argument("--full-size", action="store_true", help="with bench: epochs at Human3.6M's size")
     parser.add_argument("--minutes", type=float, default=4.0, help="with ablate: training time of a run (default: 4)")
     parser.add_argument("--seeds", type=int, help="seeds 0 to N-1 (default: with ablate 3, with reproduce 1)")
-    parser.add_argument("--only", metavar="ROW", default="", help="with reproduce: these recipes alone (ROW,ROW)")
+    parser.add_argument("--only", metavar="ROW", default="", help="with reproduce (ROW,ROW) or ablate ('ROW;ROW'): these alone")
     parser.add_argument("--all", action="store_true", help="with reproduce: every published row whose data is here")
     parser.add_argument("--quick", action="store_true", help="with reproduce: a tenth of the epochs")
     add_recipe_options(parser)
     args = parser.parse_args(argv)
     command = "--list" if args.list else args.recipe
-    takes = {"--list": "list", "report": "what", "bench": "full_size field_compile", "ablate": "what minutes seeds",
+    takes = {"--list": "list", "report": "what", "bench": "full_size field_compile", "ablate": "what minutes seeds only",
              "reproduce": "only all seeds quick"}
+    decided = ("epochs", "seed", "layout_seed", "eval_every", "noise_epochs", "stage_one_epochs")  # by an ablation itself
     for name, value in vars(args).items():
         fits = name in ("recipe", "data", "out", "device", *takes.get(command, "").split()) or (
-            name.startswith("field_") and command not in ("--list", "report", "bench"))
+            name.startswith("field_") and command not in ("--list", "report", "bench")
+            and not (command == "ablate" and name.removeprefix("field_") in decided))
         if value != parser.get_default(name) and not fits:
             option = value if name == "what" else "--" + name.removeprefix("field_").replace("_", "-")
             raise InputError(f"{option} does not go with {command or 'no recipe'}")
@@ -1603,9 +1661,9 @@ def main(argv=None):
         bench(args.device, args.full_size, with_options(Recipe(), args).compile)
     elif args.recipe == "ablate":
         print(ablate(args.what, args.data, args.out or f"results/ablate-{args.what}", args.minutes,
-                     3 if args.seeds is None else args.seeds, lambda recipe: with_options(recipe, args), args.device))
+                     3 if args.seeds is None else args.seeds, lambda recipe: with_options(recipe, args), args.device, args.only))
     elif args.recipe in RECIPES:
-        result = run_recipe(with_options(RECIPES[args.recipe], args), args.data, args.out, args.device)
+        result = run_recipe(with_options(RECIPES[args.recipe], args, strict=True), args.data, args.out, args.device)
         if result:
             print(report_table([result]))
     elif args.recipe == "reproduce":
