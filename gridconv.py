@@ -292,7 +292,10 @@ class GridConv(nn.Module):
             these = slice(product, product + count * taps)
             patch = cells.index_select(1, self.source[these])  # (B, count * taps, C_in)
             if alpha is not None:
-                patch = patch * alpha.index_select(1, self.pair[these])  # Eq. 8: alpha scales the kernel's taps
+                scale = alpha.index_select(1, self.pair[these])  # Eq. 8: alpha scales the kernel's taps
+                # No gradient needs the unscaled patch: a tensor less to write. Autocast may mix dtypes.
+                in_place = not torch.is_grad_enabled() and patch.dtype == scale.dtype
+                patch = patch.mul_(scale) if in_place else patch * scale
             kernel = bank.index_select(0, self.kernels[first:first + taps]).flatten(0, 1)  # (taps * C_in, C_out)
             out.append((patch.view(B * count, taps * C) @ kernel).view(B, count, kernel.shape[1]))
             product, first = product + count * taps, first + taps

@@ -324,6 +324,8 @@ def test_dgridconv_is_equation_8(grid, padding, K, c_in, c_out, bias, seed):
     for memory_format in (torch.contiguous_format, torch.channels_last):
         got = layer(x.contiguous(memory_format=memory_format), alpha)
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+        with torch.no_grad():  # scales in place
+            assert torch.equal(layer(x.contiguous(memory_format=memory_format), alpha), got)
     inputs = [x, alpha, layer.weight] + ([layer.bias] if bias else [])
     push = torch.randn_like(want)
     for mine, plain in zip(torch.autograd.grad((got * push).sum(), inputs), torch.autograd.grad((want * push).sum(), inputs)):
