@@ -43,12 +43,15 @@ def spatial_partition(edges, num_joints, normalisation="column"):
     gives a child its parent's feature, and A[2] is the transpose.
     normalisation: "column", A D^-1 with empty columns left 0, is the release's; "symmetric" the paper's
     L^-1/2 A L^-1/2 with L_ii = sum_j A_ij + 0.001.
-    ValueError: a joint outside 0..J-1, joints that no path of edges connects to joint 0, an unknown normalisation.
+    ValueError: an edge that is not two different joints of 0..J-1, joints that no path of edges connects to joint 0, an
+    unknown normalisation.
     """
+    edges = tuple(edges)
     inward, reached = torch.zeros(num_joints, num_joints, dtype=torch.float64), {0}
     for edge in edges:
-        if not all(0 <= joint < num_joints for joint in edge):
-            raise ValueError(f"edges: {tuple(edge)} names a joint outside 0..{num_joints - 1}")
+        known = all(hasattr(joint, "__index__") and 0 <= joint < num_joints for joint in edge)
+        if not known or len(edge) != 2 or edge[0] == edge[1]:
+            raise ValueError(f"edges: {tuple(edge)}, expected two different joints of 0..{num_joints - 1}")
         inward[edge[0], edge[1]] = 1
     for _ in range(num_joints):
         reached |= {joint for edge in edges if reached & set(edge) for joint in edge}

@@ -1209,7 +1209,8 @@ def test_gla_edges_connect_every_joint_once(edges, joints):
 
 @pytest.mark.parametrize("edges, message", [
     (((0, 1), (1, 3)), r"\(1, 3\).*0\.\.2"), (((0, 1), (-1, 2)), r"\(-1, 2\).*0\.\.2"), (((0, 1),), r"joints \[2\]"),
-    ((), r"joints \[1, 2\]")])
+    ((), r"joints \[1, 2\]"), (((0, 1), (1, 2), (2, 2)), r"\(2, 2\)"), (((0, 1), (1, 2.0)), r"\(1, 2\.0\)"),
+    (((0, 1), (1, "2")), r"\(1, '2'\)"), (((0, 1), (1, 2, 0)), r"\(1, 2, 0\)")])
 def test_gla_bad_edges_are_named(edges, message):
     with pytest.raises(ValueError, match=message):
         glagcn.GLAGCN(3, edges, (3,), 4)
@@ -1217,6 +1218,8 @@ def test_gla_bad_edges_are_named(edges, message):
 
 def test_gla_cycles_are_fine_and_an_unknown_normalisation_is_not():
     assert glagcn.spatial_partition(((0, 1), (1, 2), (2, 0)), 3).shape == (3, 3, 3)
+    edges = glagcn.H36M_EDGES
+    assert torch.equal(glagcn.spatial_partition(iter(edges), 17), glagcn.spatial_partition(edges, 17))
     with pytest.raises(ValueError, match="rows.*symmetric"):
         glagcn.spatial_partition(((0, 1),), 2, "rows")
 
