@@ -114,7 +114,7 @@ class AdaptiveGraphConv(nn.Module):
             return self.A * self.B
         batch, _, joints, frames = x.shape
         embedded = self.embed(x).permute(0, 2, 3, 1).reshape(batch, joints, frames, 2, 3, self.embedding)
-        theta, phi = embedded.permute(3, 0, 4, 1, 2, 5).reshape(2, batch, 3, joints, -1)       # (B, 3, J, T * C)
+        theta, phi = embedded.permute(3, 0, 4, 1, 2, 5).flatten(4)                              # (B, 3, J, T * C)
         C = torch.softmax(theta @ phi.transpose(-1, -2) / theta.shape[-1], dim=-2)
         return self.A + self.B + C
 
@@ -128,15 +128,15 @@ class AdaptiveGraphConv(nn.Module):
             return F.conv2d(rows.permute(0, 3, 1, 2), self.W, self.bias.sum(0), dilation=(joints, 1))
         # fewer channels go out than come in: W_k first
         y = F.conv2d(x, self.W.permute(2, 0, 1, 3).reshape(-1, c_in, 1, 1))                   # (B, 3 * C_out, J, T)
-        rows = y.unflatten(1, (3, -1)).permute(0, 1, 3, 4, 2).reshape(batch, 3 * joints, -1)
+        rows = y.unflatten(1, (3, -1)).permute(0, 1, 3, 4, 2).flatten(3).flatten(1, 2)        # (B, 3 * J, T * C_out)
         y = torch.bmm(graph.transpose(1, 2).reshape(batch, joints, 3 * joints), rows)
-        return y.view(batch, joints, frames, -1).permute(0, 3, 1, 2) + self.bias.sum(0)[:, None, None]
+        return y.unflatten(2, (frames, -1)).permute(0, 3, 1, 2) + self.bias.sum(0)[:, None, None]
 
     def forward(self, x):
         if x.is_cuda or torch.compiler.is_compiling():
             y = self.convolve(x)
         else:  # a few samples at a time: what lies between, some six times x, then stays in the processor's cache
-            y = torch.cat([self.convolve(part) for part in x.split(max(1, CACHE_FLOATS // x[0].numel()))])
+            y = torch.cat([self.convolve(part) for part in x.split(max(1, CACHE_FLOATS // math.prod(x.shape[1:])))])
         return torch.relu_(self.dropout(self.norm(y)).add_(self.shortcut(x)))
 
 
@@ -231,7 +231,7 @@ class FullyConnected(nn.Linear):
         super().__init__(num_joints * channels, num_joints * out)
 
     def forward(self, v):
-        return super().forward(v.flatten(1)).view(*v.shape[:2], -1)
+        return super().forward(v.flatten(1)).unflatten(1, (v.shape[1], -1))
 
 
 def mean_distance(prediction, target):

@@ -1338,7 +1338,15 @@ def test_gla_wrong_shapes_name_both_sizes(shape):
     (dict(head="none"), "'none'.*individual.*full")])
 def test_gla_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        glagcn.GLAGCN(channels=4, **options)
+        glagcn.GLAGCN(**{"channels": 4, **options})
+
+
+@pytest.mark.parametrize("options", [
+    dict(reconstruct=True), dict(head="full", temporal="mean", reconstruct=True), dict(adaptive=False, reconstruct=True)])
+def test_gla_an_empty_batch_gives_an_empty_batch(options):
+    model = glagcn.GLAGCN(filter_widths=(3, 3), channels=8, **options).eval()
+    pose, sequence = model(torch.zeros(0, 9, 17, 2), return_sequence=True)
+    assert pose.shape == (0, 17, 3) and sequence.shape == (0, 9, 17, 3)
 
 
 def _gla_count(model):
