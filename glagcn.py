@@ -96,6 +96,7 @@ class AdaptiveGraphConv(nn.Module):
 
     def __init__(self, c_in, c_out, A, dropout=0.1, adaptive=True):
         super().__init__()
+        self.exact_A = A
         self.register_buffer("A", A.to(torch.get_default_dtype()), persistent=False)
         self.B = nn.Parameter(torch.full_like(self.A, 1e-6 if adaptive else 1))
         self.embedding = max(c_out // 4, 1) if c_out >= 4 else 3  # channels of theta and phi
@@ -107,6 +108,12 @@ class AdaptiveGraphConv(nn.Module):
         self.norm, self.dropout = nn.BatchNorm2d(c_out), nn.Dropout(dropout)
         nn.init.constant_(self.norm.weight, 1e-6)
         self.shortcut = shortcut(c_in, c_out)
+
+    def _apply(self, fn, recurse=True):
+        """What .to(), .double() and the like call: casts A from its float64 values, not from the rounded ones."""
+        super()._apply(fn, recurse)
+        self.A = self.exact_A.to(self.A)
+        return self
 
     def graph(self, x):
         """A_k + B_k + C_k of each sample: (B, 3, J, J), of which x @ graph is the aggregation; (3, J, J) in ST-GCN."""
@@ -255,13 +262,14 @@ class GLAGCN(nn.Module):
     window convolutions and C_k see all frames. It has no sequence, whose early frames would see later ones.
     Table 6: adaptive=False is ST-GCN, temporal="mean" averages over the frames instead of striding, head="full" is one
     layer for all joints (no lambda then).
+    normalisation: of the fixed graphs, "column" as released or "symmetric" as in the paper, see spatial_partition.
     ValueError: a pose of another T, J or in_dim, return_sequence without reconstruct or with causal, an unknown
     temporal or head, no filter width, and what spatial_partition, StridedAGCN and IndividuallyConnected refuse.
     """
 
     def __init__(self, num_joints=17, edges=H36M_EDGES, filter_widths=(3, 3, 3, 3, 3), channels=96, reconstruct=False,
                  reconstruct_blocks=3, unshared_weight=0.5, dropout=0.1, causal=False, adaptive=True, temporal="stride",
-                 head="individual", in_dim=2):
+                 head="individual", in_dim=2, normalisation="column"):
         super().__init__()
         for name, value, known in (("temporal", temporal, ("stride", "mean")), ("head", head, ("individual", "full"))):
             if value not in known:
@@ -269,7 +277,7 @@ class GLAGCN(nn.Module):
         if not filter_widths:
             raise ValueError("filter_widths: one for each strided module expected, none found")
         self.receptive_field, self.num_joints, self.in_dim = math.prod(filter_widths), num_joints, in_dim
-        self.causal, A = causal, spatial_partition(edges, num_joints)
+        self.causal, A = causal, spatial_partition(edges, num_joints, normalisation)
         options, strides = dict(dropout=dropout, adaptive=adaptive), temporal == "stride"
         self.data_norm = nn.BatchNorm1d(num_joints * in_dim)
         self.expand = AGCNBlock(in_dim, channels, A, **options)

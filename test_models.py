@@ -1023,7 +1023,7 @@ class PlainGLAGCN(nn.Module):
 
     def __init__(self, channels=8, widths=(3, 3), edges=glagcn.H36M_EDGES, joints=17, dropout=0.0):
         super().__init__()
-        A = glagcn.spatial_partition(edges, joints).to(torch.get_default_dtype())
+        A = glagcn.spatial_partition(edges, joints)
         self.widths, self.dropout = widths, dropout
         self.data_bn, self.expand_gcn = nn.BatchNorm1d(joints * 2), PlainBlock(2, channels, A, dropout=dropout)
         self.layers_tcngcn = nn.ModuleList()
@@ -1347,6 +1347,18 @@ def test_gla_an_empty_batch_gives_an_empty_batch(options):
     model = glagcn.GLAGCN(filter_widths=(3, 3), channels=8, **options).eval()
     pose, sequence = model(torch.zeros(0, 9, 17, 2), return_sequence=True)
     assert pose.shape == (0, 17, 3) and sequence.shape == (0, 9, 17, 3)
+
+
+@pytest.mark.parametrize("normalisation", ["column", "symmetric"])
+def test_gla_every_layer_has_the_partition_it_was_asked_for_to_the_last_bit(normalisation):
+    build = lambda: glagcn.GLAGCN(filter_widths=(3,), channels=4, reconstruct=True, normalisation=normalisation)
+    want = glagcn.spatial_partition(glagcn.H36M_EDGES, 17, normalisation)
+    for model, A in ((build(), want.float()), (build().double(), want), (copy.deepcopy(build()).half().double(), want)):
+        graphs = [module.A for module in model.modules() if isinstance(module, glagcn.AdaptiveGraphConv)]
+        assert len(graphs) == 1 + 3 + 1 + 2 and all(torch.equal(graph, A) for graph in graphs)
+        assert not any(name.endswith("A") for name in model.state_dict())
+    released = glagcn.from_released(PlainGLAGCN(8, (3,)).double().state_dict(), (3,))
+    assert torch.equal(released.strided[0].second.spatial.A, glagcn.spatial_partition(glagcn.H36M_EDGES, 17))
 
 
 def _gla_count(model):
