@@ -202,6 +202,12 @@ class StridedAGCN(nn.Module):
 # 4. Individually connected layers (section 3.2)
 
 
+def check_lambda(unshared_weight):
+    """ValueError unless unshared_weight, lambda of Eq. 7, is in [0, 1]."""
+    if not 0 <= unshared_weight <= 1:
+        raise ValueError(f"unshared_weight {unshared_weight}: lambda in [0, 1] expected")
+
+
 class IndividuallyConnected(nn.Module):
     """Eq. 5-7: every joint's position from that joint's features alone, (B, J, C) -> (B, J, out).
 
@@ -212,8 +218,7 @@ class IndividuallyConnected(nn.Module):
 
     def __init__(self, channels, num_joints, out=3, unshared_weight=0.5):
         super().__init__()
-        if not 0 <= unshared_weight <= 1:
-            raise ValueError(f"unshared_weight {unshared_weight}: lambda in [0, 1] expected")
+        check_lambda(unshared_weight)
         self.unshared_weight, std = unshared_weight, math.sqrt(2 / out)  # Kaiming over the fan-out, as released
         self.W = self.b = self.W_shared = self.b_shared = None
         if unshared_weight > 0:
@@ -264,7 +269,8 @@ class GLAGCN(nn.Module):
     layer for all joints (no lambda then).
     normalisation: of the fixed graphs, "column" as released or "symmetric" as in the paper, see spatial_partition.
     ValueError: a pose of another T, J or in_dim, return_sequence without reconstruct or with causal, an unknown
-    temporal or head, no filter width, and what spatial_partition, StridedAGCN and IndividuallyConnected refuse.
+    temporal or head, sizes that are not whole numbers or too small, filter widths whose product is 1, and what
+    spatial_partition, StridedAGCN and IndividuallyConnected refuse.
     """
 
     def __init__(self, num_joints=17, edges=H36M_EDGES, filter_widths=(3, 3, 3, 3, 3), channels=96, reconstruct=False,
@@ -274,8 +280,13 @@ class GLAGCN(nn.Module):
         for name, value, known in (("temporal", temporal, ("stride", "mean")), ("head", head, ("individual", "full"))):
             if value not in known:
                 raise ValueError(f"{name}: unknown {value!r}, expected one of {known}")
-        if not filter_widths:
-            raise ValueError("filter_widths: one for each strided module expected, none found")
+        for name, value, least in (("channels", channels, 1), ("reconstruct_blocks", reconstruct_blocks, 0)):
+            if not hasattr(value, "__index__") or value < least:
+                raise ValueError(f"{name}: {value!r}, expected a whole number from {least} up")
+        if (not isinstance(filter_widths, (tuple, list)) or not all(hasattr(width, "__index__") for width in filter_widths)
+                or math.prod(filter_widths) == 1):  # a window of one frame has nothing to convolve over
+            raise ValueError(f"filter_widths: {filter_widths!r}, expected odd numbers whose product is above 1")
+        check_lambda(unshared_weight)
         self.receptive_field, self.num_joints, self.in_dim = math.prod(filter_widths), num_joints, in_dim
         self.causal, A = causal, spatial_partition(edges, num_joints, normalisation)
         options, strides = dict(dropout=dropout, adaptive=adaptive), temporal == "stride"

@@ -579,15 +579,16 @@ class TemporalGridLiftingNetwork(GridLiftingNetwork):
     With its defaults 38,063,324 parameters (Table C: 38.1 M). Ours, where the paper is silent: every frame of a kernel
     has an attention of its own, fed by the frame it reads (one for all frames would make 38.0 M); dropout takes whole
     channels, and the shrinking layer has K_t = 1 and K_s = 3, as in the single-frame network.
-    ValueError: what GridLiftingNetwork refuses; a filter width that is even or below 1, or none.
+    ValueError: what GridLiftingNetwork refuses; a filter width that is even or below 1, or a product of 1.
     """
 
     def __init__(self, num_joints=17, layout=HANDCRAFTED_5X5, grid_shape=None, filter_widths=(3, 3, 3), hidden=512,
                  padding=("circular", "replicate"), dropout=0.25, in_dim=2, out_dim=3):
         super().__init__(num_joints, layout, grid_shape, hidden, 0, padding=padding, dropout=dropout, in_dim=in_dim,
                          out_dim=out_dim)
-        if not filter_widths or any(width < 1 or width % 2 == 0 for width in filter_widths):
-            raise ValueError(f"filter_widths: {filter_widths}, expected odd numbers above 0")
+        odd = lambda width: hasattr(width, "__index__") and width > 0 and width % 2 == 1
+        if not isinstance(filter_widths, (tuple, list)) or not all(map(odd, filter_widths)) or math.prod(filter_widths) == 1:
+            raise ValueError(f"filter_widths: {filter_widths!r}, expected odd numbers above 0 whose product is above 1")
         self.filter_widths, self.receptive_field = tuple(filter_widths), math.prod(filter_widths)
 
         def layer(c_in, frames):

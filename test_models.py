@@ -908,7 +908,8 @@ def test_neighbours_parameters():
 
 @pytest.mark.parametrize("make, says", [
     (lambda: gridconv.TemporalGridLiftingNetwork(filter_widths=(3, 2), hidden=2), r"filter_widths: \(3, 2\)"),
-    (lambda: gridconv.TemporalGridLiftingNetwork(filter_widths=(), hidden=2), "filter_widths"),
+    *((lambda widths=widths: gridconv.TemporalGridLiftingNetwork(filter_widths=widths, hidden=2),
+       f"filter_widths: {re.escape(repr(widths))}") for widths in ((), (1,), (1, 1), (3.0,), (None,), 3, None)),
     (lambda: gridconv.TemporalGridLiftingNetwork(filter_widths=(3,), hidden=2)(torch.zeros(2, 9, 17, 2)), r"\(B, 3, 17, 2\)"),
     (lambda: gridconv.TemporalGridLiftingNetwork(filter_widths=(3,), hidden=2)(torch.zeros(2, 17, 2)), r"\(B, 3, 17, 2\)"),
     (lambda: gridconv.FullyConnectedLifter(hidden=2)(torch.zeros(2, 16, 2)), r"\(2, 16, 2\).*\(B, 17, 2\)"),
@@ -1307,7 +1308,7 @@ def test_gla_strided_module_divides_the_frames(half, groups, causal):
             module(torch.randn(2, 4, 2, width * groups + 1))
 
 
-@given(st.lists(st.sampled_from([1, 3, 5, 7]), min_size=1, max_size=3), st.booleans(),
+@given(st.lists(st.sampled_from([1, 3, 5, 7]), min_size=1, max_size=3).filter(lambda widths: max(widths) > 1), st.booleans(),
        st.sampled_from(["stride", "mean"]))
 @settings(max_examples=12, deadline=None)
 def test_gla_any_odd_widths_end_at_one_frame(widths, causal, temporal):
@@ -1335,7 +1336,13 @@ def test_gla_wrong_shapes_name_both_sizes(shape):
     (dict(filter_widths=(-3,)), "width -3"), (dict(filter_widths=()), "filter_widths"),
     (dict(unshared_weight=1.5), "1.5"), (dict(unshared_weight=-0.1), "-0.1"),
     (dict(unshared_weight=float("nan")), "nan"), (dict(temporal="max"), "'max'.*stride.*mean"),
-    (dict(head="none"), "'none'.*individual.*full")])
+    (dict(unshared_weight=7, head="full"), "unshared_weight 7"), (dict(unshared_weight=float("nan"), head="full"), "nan"),
+    (dict(filter_widths=(1,)), r"filter_widths: \(1,\)"), (dict(filter_widths=[1, 1]), r"filter_widths: \[1, 1\]"),
+    (dict(filter_widths=(3.0,)), r"filter_widths: \(3\.0,\)"), (dict(filter_widths=(None,)), r"filter_widths: \(None,\)"),
+    (dict(filter_widths=3), "filter_widths: 3"), (dict(filter_widths=None), "filter_widths: None"),
+    (dict(channels=0), "channels: 0"), (dict(channels=-4), "channels: -4"), (dict(channels=4.0), "channels: 4.0"),
+    (dict(reconstruct_blocks=-1), "reconstruct_blocks: -1"), (dict(reconstruct_blocks=0.5), "reconstruct_blocks: 0.5"),
+    (dict(normalisation="rows"), "'rows'.*column.*symmetric"), (dict(head="none"), "'none'.*individual.*full")])
 def test_gla_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         glagcn.GLAGCN(**{"channels": 4, **options})
