@@ -367,21 +367,21 @@ def from_released(state_dict, filter_widths=(3, 3, 3, 3, 3), edges=H36M_EDGES):
     filter_widths and edges are not in the weights: give those they were trained with.
     ValueError: another number of strided modules than filter_widths, missing, unknown or misshapen weights.
     """
-    old = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    widths = tuple(filter_widths)
-    modules = len({key.split(".")[1] for key in old if key.startswith("layers_tcngcn.")}) / 2
-    if modules != len(widths):
-        raise ValueError(f"filter_widths: {len(widths)} of them, but the weights have {modules:g} strided modules")
-    blocks = {"expand_gcn": "expand"}
-    for i in range(len(widths)):
-        blocks |= {f"layers_tcngcn.{2 * i}": f"strided.{i}.first", f"layers_tcngcn.{2 * i + 1}": f"strided.{i}.second"}
-    names = {"gcn1.PA": "spatial.B", "gcn1.bn": "spatial.norm", "gcn1.down": "spatial.shortcut",
-             "tcn1.conv": "temporal", "tcn1.bn": "norm", "residual.conv": "shortcut.0", "residual.bn": "shortcut.1"}
-    names = {f"{theirs}.{part}": f"{ours}.{name}" for theirs, ours in blocks.items() for part, name in names.items()}
-    names["data_bn"] = "data_norm"
     try:
-        channels, joints = old["fc.weight"].shape[1], old["expand_gcn.gcn1.PA"].shape[-1]
-        new = {"head.W_shared": old.pop("fc.weight")[:, :, 0].T, "head.b_shared": old.pop("fc.bias")}
+        old = {key.removeprefix("module."): value for key, value in state_dict.items()}
+        modules = len({key.split(".")[1] for key in old if key.startswith("layers_tcngcn.")}) / 2
+        if modules != len(filter_widths):
+            raise ValueError(f"{len(filter_widths)} of them, but the weights have {modules:g} strided modules")
+        blocks = {"expand_gcn": "expand"}
+        for i in range(len(filter_widths)):
+            blocks |= {f"layers_tcngcn.{2 * i}": f"strided.{i}.first", f"layers_tcngcn.{2 * i + 1}": f"strided.{i}.second"}
+        names = {"gcn1.PA": "spatial.B", "gcn1.bn": "spatial.norm", "gcn1.down": "spatial.shortcut",
+                 "tcn1.conv": "temporal", "tcn1.bn": "norm", "residual.conv": "shortcut.0", "residual.bn": "shortcut.1"}
+        names = {f"{theirs}.{part}": f"{ours}.{name}" for theirs, ours in blocks.items() for part, name in names.items()}
+        names["data_bn"] = "data_norm"
+        weight, = old.pop("fc.weight").unbind(-1)  # a convolution of one tap: (3, C, 1) -> (3, C)
+        channels, joints = weight.shape[1], old["expand_gcn.gcn1.PA"].shape[-1]
+        new = {"head.W_shared": weight.T, "head.b_shared": old.pop("fc.bias")}
         for theirs, ours in blocks.items():
             def take(letter, kind):
                 return [old.pop(f"{theirs}.gcn1.conv_{letter}.{k}.{kind}") for k in range(3)]
@@ -393,8 +393,8 @@ def from_released(state_dict, filter_widths=(3, 3, 3, 3, 3), edges=H36M_EDGES):
         for key, value in old.items():  # what has no counterpart keeps its name, and load_state_dict names it
             part = next((part for part in names if key == part or key.startswith(part + ".")), key)
             new[names.get(part, part) + key[len(part):]] = value.mT if key.endswith("tcn1.conv.weight") else value
-        model = GLAGCN(joints, edges, widths, channels, unshared_weight=0.0).to(new["head.W_shared"].dtype)
+        model = GLAGCN(joints, edges, filter_widths, channels, unshared_weight=0.0).to(weight.dtype)
         model.load_state_dict(new)
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"no GLA-GCN weights for filter widths {widths}: {error}") from None
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"no GLA-GCN weights for filter widths {filter_widths}: {error}") from None
     return model

@@ -459,15 +459,24 @@ def from_released(state_dict, padding, grid_shape=(5, 5)):
     "zeros") for those on HRNet's and for vanilla ones. Without a learnt grid the layout is RELEASED_5X5 on 5 x 5 and
     None on other shapes. ValueError: weights that are not GridConv's, or that do not fit the grid or the branches.
     """
+    try:
+        return _read_released(state_dict, padding, grid_shape)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"not the weights of a released GridConv that fit padding {padding} on {grid_shape}: {error}") from None
+
+
+def _read_released(state_dict, padding, grid_shape):
+    """from_released, with whatever error reading something else ends in."""
     new = {}
     for key in sorted(state_dict):
         value = state_dict[key]
         found = re.fullmatch(r"(?:linear_stages\.(\d+)\.)?(w|batch_norm|atten_conv)([12])\.(.+)", key)
         if key == "sgt_layer.sgt_trans_mat":  # (1, H*P, J)
-            new["autogrids.s_prob"] = value[0]
+            new["autogrids.s_prob"], = value
             continue
         if not found:
-            raise ValueError(f"not the weights of a released GridConv: unexpected entry {key!r}")
+            raise ValueError(f"unexpected entry {key!r}")
         block, part, which, rest = found.groups()
         layer = f"blocks.{block}.{int(which) - 1}" if block else ("expand", "shrink")[int(which) - 1]
         conv = layer if layer == "shrink" else f"{layer}.conv"
@@ -476,12 +485,12 @@ def from_released(state_dict, padding, grid_shape=(5, 5)):
         elif part == "batch_norm":
             new[f"{layer}.norm.{rest}"] = value
         else:
-            name, entry = rest.split(".")
-            name = {"fc": "squeeze", "bn": "norm", "position_fc": "position"}[name]
+            name, _, entry = rest.partition(".")  # an unknown name stays, and load_state_dict names it
+            name = {"fc": "squeeze", "bn": "norm", "position_fc": "position"}.get(name, name)
             new[f"{conv}.attention.{name}.{entry}"] = value.flatten(1) if value.dim() == 4 else value  # 1 x 1 conv
     new = {k: torch.stack(v) if isinstance(v, list) else v for k, v in new.items()}
     if "expand.conv.weight" not in new or "shrink.weight" not in new:
-        raise ValueError(f"not the weights of a released GridConv: no w1 and w2 among {len(state_dict)} entries")
+        raise ValueError(f"no w1 and w2 among {len(state_dict)} entries")
     kernel = {k: v.shape[-1] for k, v in new.items() if v.dim() == 5}
     blocks = sum(k.endswith(".0.conv.weight") for k in new)
     S = new.get("autogrids.s_prob")
@@ -497,10 +506,7 @@ def from_released(state_dict, padding, grid_shape=(5, 5)):
         in_dim=in_dim, out_dim=new["shrink.weight"].shape[1])
     if network.autogrids is None and layout is not None:
         new["fixed_assignment"] = network.fixed_assignment
-    try:
-        network.load_state_dict(new)
-    except RuntimeError as error:
-        raise ValueError(f"these weights do not fit padding {padding} on {grid_shape}: {error}") from None
+    network.load_state_dict(new)
     return network.to(new["expand.conv.weight"].dtype)
 
 

@@ -630,6 +630,17 @@ def test_weights_of_something_else_are_refused():
             gridconv.from_released(broken, ("circular", "zeros"))
     with pytest.raises(ValueError, match="fit"):
         gridconv.from_released(state, ("circular",))
+    learnt = golden_weights(released_gridconv_shapes(8, 1, 25, learnt=True), prior=0.0)
+    fc, S, w1, w2 = "atten_conv1.fc.weight", "sgt_layer.sgt_trans_mat", "w1.branch1_weight", "w2.branch1_weight"
+    both = lambda value: {w2: value, "w2.branch2_weight": value}
+    for change in ({"atten_conv1.foo.weight": state[fc]}, {"atten_conv1.fc": state[fc]}, {w2: state[w2][:, :4]},
+                   both(state[w2][0, 0]), both(None), {w1: 3.0}, {fc: "x"}, {S: learnt[S][0, 0]}, {S: learnt[S][0]},
+                   {S: learnt[S].expand(2, -1, -1)}, {S: None}, {7: state[fc]},
+                   {name: value[:0] for name, value in state.items() if name.startswith("w1.branch")}):
+        with pytest.raises(ValueError, match="released GridConv"):
+            gridconv.from_released({**(learnt if S in change else state), **change}, ("circular", "zeros"))
+    with pytest.raises(ValueError, match="released GridConv"):
+        gridconv.from_released(None, ("circular", "zeros"))
 
 
 # Variants: Temporal GridConv, training together with a detector, the neighbours
@@ -1528,6 +1539,15 @@ def test_gla_from_released_refuses_what_does_not_fit():
         glagcn.from_released({key: value for key, value in state.items() if key != "data_bn.bias"}, (3, 3))
     with pytest.raises(ValueError, match="0..14"):
         glagcn.from_released(PlainGLAGCN(8, (3,), glagcn.HUMANEVA15_EDGES, 15).state_dict(), (3,))
+    fc, PA, tcn = "fc.weight", "expand_gcn.gcn1.PA", "expand_gcn.tcn1.conv.weight"
+    for change in ({fc: state[fc][:, :, 0]}, {fc: state[fc].expand(3, 8, 5)}, {fc: state[fc][:, :0]}, {fc: None},
+                   {fc: state[fc].int()}, {PA: torch.tensor(0.0)}, {PA: state[PA][0, 0]}, {PA: "x"}, {tcn: 3.0},
+                   {"layers_tcngcn.": state[PA]}, {7: state[PA]}):
+        with pytest.raises(ValueError, match="no GLA-GCN weights"):
+            glagcn.from_released({**state, **change}, (3, 3))
+    for weights, widths in ((None, (3, 3)), ([], (3, 3)), (state, 3), (state, (3.0, 3))):
+        with pytest.raises(ValueError, match="no GLA-GCN weights"):
+            glagcn.from_released(weights, widths)
 
 
 def test_gla_can_be_exported_and_autocast():
