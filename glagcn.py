@@ -43,12 +43,15 @@ def spatial_partition(edges, num_joints, normalisation="column"):
     gives a child its parent's feature, and A[2] is the transpose.
     normalisation: "column", A D^-1 with empty columns left 0, is the release's; "symmetric" the paper's
     L^-1/2 A L^-1/2 with L_ii = sum_j A_ij + 0.001.
-    ValueError: a joint outside 0..J-1, joints that no path of edges connects to joint 0, an unknown normalisation.
+    ValueError: an edge that is not two different joints of 0..J-1, joints that no path of edges connects to joint 0, an
+    unknown normalisation.
     """
+    edges = tuple(edges)
     inward, reached = torch.zeros(num_joints, num_joints, dtype=torch.float64), {0}
     for edge in edges:
-        if not all(0 <= joint < num_joints for joint in edge):
-            raise ValueError(f"edges: {tuple(edge)} names a joint outside 0..{num_joints - 1}")
+        known = all(hasattr(joint, "__index__") and 0 <= joint < num_joints for joint in edge)
+        if not known or len(edge) != 2 or edge[0] == edge[1]:
+            raise ValueError(f"edges: {tuple(edge)}, expected two different joints of 0..{num_joints - 1}")
         inward[edge[0], edge[1]] = 1
     for _ in range(num_joints):
         reached |= {joint for edge in edges if reached & set(edge) for joint in edge}
@@ -93,6 +96,7 @@ class AdaptiveGraphConv(nn.Module):
 
     def __init__(self, c_in, c_out, A, dropout=0.1, adaptive=True):
         super().__init__()
+        self.exact_A = A
         self.register_buffer("A", A.to(torch.get_default_dtype()), persistent=False)
         self.B = nn.Parameter(torch.full_like(self.A, 1e-6 if adaptive else 1))
         self.embedding = max(c_out // 4, 1) if c_out >= 4 else 3  # channels of theta and phi
@@ -105,13 +109,19 @@ class AdaptiveGraphConv(nn.Module):
         nn.init.constant_(self.norm.weight, 1e-6)
         self.shortcut = shortcut(c_in, c_out)
 
+    def _apply(self, fn, recurse=True):
+        """What .to(), .double() and the like call: casts A from its float64 values, not from the rounded ones."""
+        super()._apply(fn, recurse)
+        self.A = self.exact_A.to(self.A)
+        return self
+
     def graph(self, x):
         """A_k + B_k + C_k of each sample: (B, 3, J, J), of which x @ graph is the aggregation; (3, J, J) in ST-GCN."""
         if self.embed is None:
             return self.A * self.B
         batch, _, joints, frames = x.shape
         embedded = self.embed(x).permute(0, 2, 3, 1).reshape(batch, joints, frames, 2, 3, self.embedding)
-        theta, phi = embedded.permute(3, 0, 4, 1, 2, 5).reshape(2, batch, 3, joints, -1)       # (B, 3, J, T * C)
+        theta, phi = embedded.permute(3, 0, 4, 1, 2, 5).flatten(4)                              # (B, 3, J, T * C)
         C = torch.softmax(theta @ phi.transpose(-1, -2) / theta.shape[-1], dim=-2)
         return self.A + self.B + C
 
@@ -125,15 +135,15 @@ class AdaptiveGraphConv(nn.Module):
             return F.conv2d(rows.permute(0, 3, 1, 2), self.W, self.bias.sum(0), dilation=(joints, 1))
         # fewer channels go out than come in: W_k first
         y = F.conv2d(x, self.W.permute(2, 0, 1, 3).reshape(-1, c_in, 1, 1))                   # (B, 3 * C_out, J, T)
-        rows = y.unflatten(1, (3, -1)).permute(0, 1, 3, 4, 2).reshape(batch, 3 * joints, -1)
+        rows = y.unflatten(1, (3, -1)).permute(0, 1, 3, 4, 2).flatten(3).flatten(1, 2)        # (B, 3 * J, T * C_out)
         y = torch.bmm(graph.transpose(1, 2).reshape(batch, joints, 3 * joints), rows)
-        return y.view(batch, joints, frames, -1).permute(0, 3, 1, 2) + self.bias.sum(0)[:, None, None]
+        return y.unflatten(2, (frames, -1)).permute(0, 3, 1, 2) + self.bias.sum(0)[:, None, None]
 
     def forward(self, x):
         if x.is_cuda or torch.compiler.is_compiling():
             y = self.convolve(x)
         else:  # a few samples at a time: what lies between, some six times x, then stays in the processor's cache
-            y = torch.cat([self.convolve(part) for part in x.split(max(1, CACHE_FLOATS // x[0].numel()))])
+            y = torch.cat([self.convolve(part) for part in x.split(max(1, CACHE_FLOATS // math.prod(x.shape[1:])))])
         return torch.relu_(self.dropout(self.norm(y)).add_(self.shortcut(x)))
 
 
@@ -192,6 +202,12 @@ class StridedAGCN(nn.Module):
 # 4. Individually connected layers (section 3.2)
 
 
+def check_lambda(unshared_weight):
+    """ValueError unless unshared_weight, lambda of Eq. 7, is in [0, 1]."""
+    if not 0 <= unshared_weight <= 1:
+        raise ValueError(f"unshared_weight {unshared_weight}: lambda in [0, 1] expected")
+
+
 class IndividuallyConnected(nn.Module):
     """Eq. 5-7: every joint's position from that joint's features alone, (B, J, C) -> (B, J, out).
 
@@ -202,8 +218,7 @@ class IndividuallyConnected(nn.Module):
 
     def __init__(self, channels, num_joints, out=3, unshared_weight=0.5):
         super().__init__()
-        if not 0 <= unshared_weight <= 1:
-            raise ValueError(f"unshared_weight {unshared_weight}: lambda in [0, 1] expected")
+        check_lambda(unshared_weight)
         self.unshared_weight, std = unshared_weight, math.sqrt(2 / out)  # Kaiming over the fan-out, as released
         self.W = self.b = self.W_shared = self.b_shared = None
         if unshared_weight > 0:
@@ -228,7 +243,7 @@ class FullyConnected(nn.Linear):
         super().__init__(num_joints * channels, num_joints * out)
 
     def forward(self, v):
-        return super().forward(v.flatten(1)).view(*v.shape[:2], -1)
+        return super().forward(v.flatten(1)).unflatten(1, (v.shape[1], -1))
 
 
 def mean_distance(prediction, target):
@@ -252,21 +267,28 @@ class GLAGCN(nn.Module):
     window convolutions and C_k see all frames. It has no sequence, whose early frames would see later ones.
     Table 6: adaptive=False is ST-GCN, temporal="mean" averages over the frames instead of striding, head="full" is one
     layer for all joints (no lambda then).
+    normalisation: of the fixed graphs, "column" as released or "symmetric" as in the paper, see spatial_partition.
     ValueError: a pose of another T, J or in_dim, return_sequence without reconstruct or with causal, an unknown
-    temporal or head, no filter width, and what spatial_partition, StridedAGCN and IndividuallyConnected refuse.
+    temporal or head, sizes that are not whole numbers or too small, filter widths whose product is 1, and what
+    spatial_partition, StridedAGCN and IndividuallyConnected refuse.
     """
 
     def __init__(self, num_joints=17, edges=H36M_EDGES, filter_widths=(3, 3, 3, 3, 3), channels=96, reconstruct=False,
                  reconstruct_blocks=3, unshared_weight=0.5, dropout=0.1, causal=False, adaptive=True, temporal="stride",
-                 head="individual", in_dim=2):
+                 head="individual", in_dim=2, normalisation="column"):
         super().__init__()
         for name, value, known in (("temporal", temporal, ("stride", "mean")), ("head", head, ("individual", "full"))):
             if value not in known:
                 raise ValueError(f"{name}: unknown {value!r}, expected one of {known}")
-        if not filter_widths:
-            raise ValueError("filter_widths: one for each strided module expected, none found")
+        for name, value, least in (("channels", channels, 1), ("reconstruct_blocks", reconstruct_blocks, 0)):
+            if not hasattr(value, "__index__") or value < least:
+                raise ValueError(f"{name}: {value!r}, expected a whole number from {least} up")
+        if (not isinstance(filter_widths, (tuple, list)) or not all(hasattr(width, "__index__") for width in filter_widths)
+                or math.prod(filter_widths) == 1):  # a window of one frame has nothing to convolve over
+            raise ValueError(f"filter_widths: {filter_widths!r}, expected odd numbers whose product is above 1")
+        check_lambda(unshared_weight)
         self.receptive_field, self.num_joints, self.in_dim = math.prod(filter_widths), num_joints, in_dim
-        self.causal, A = causal, spatial_partition(edges, num_joints)
+        self.causal, A = causal, spatial_partition(edges, num_joints, normalisation)
         options, strides = dict(dropout=dropout, adaptive=adaptive), temporal == "stride"
         self.data_norm = nn.BatchNorm1d(num_joints * in_dim)
         self.expand = AGCNBlock(in_dim, channels, A, **options)
@@ -345,21 +367,21 @@ def from_released(state_dict, filter_widths=(3, 3, 3, 3, 3), edges=H36M_EDGES):
     filter_widths and edges are not in the weights: give those they were trained with.
     ValueError: another number of strided modules than filter_widths, missing, unknown or misshapen weights.
     """
-    old = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    widths = tuple(filter_widths)
-    modules = len({key.split(".")[1] for key in old if key.startswith("layers_tcngcn.")}) / 2
-    if modules != len(widths):
-        raise ValueError(f"filter_widths: {len(widths)} of them, but the weights have {modules:g} strided modules")
-    blocks = {"expand_gcn": "expand"}
-    for i in range(len(widths)):
-        blocks |= {f"layers_tcngcn.{2 * i}": f"strided.{i}.first", f"layers_tcngcn.{2 * i + 1}": f"strided.{i}.second"}
-    names = {"gcn1.PA": "spatial.B", "gcn1.bn": "spatial.norm", "gcn1.down": "spatial.shortcut",
-             "tcn1.conv": "temporal", "tcn1.bn": "norm", "residual.conv": "shortcut.0", "residual.bn": "shortcut.1"}
-    names = {f"{theirs}.{part}": f"{ours}.{name}" for theirs, ours in blocks.items() for part, name in names.items()}
-    names["data_bn"] = "data_norm"
     try:
-        channels, joints = old["fc.weight"].shape[1], old["expand_gcn.gcn1.PA"].shape[-1]
-        new = {"head.W_shared": old.pop("fc.weight")[:, :, 0].T, "head.b_shared": old.pop("fc.bias")}
+        old = {key.removeprefix("module."): value for key, value in state_dict.items()}
+        modules = len({key.split(".")[1] for key in old if key.startswith("layers_tcngcn.")}) / 2
+        if modules != len(filter_widths):
+            raise ValueError(f"{len(filter_widths)} of them, but the weights have {modules:g} strided modules")
+        blocks = {"expand_gcn": "expand"}
+        for i in range(len(filter_widths)):
+            blocks |= {f"layers_tcngcn.{2 * i}": f"strided.{i}.first", f"layers_tcngcn.{2 * i + 1}": f"strided.{i}.second"}
+        names = {"gcn1.PA": "spatial.B", "gcn1.bn": "spatial.norm", "gcn1.down": "spatial.shortcut",
+                 "tcn1.conv": "temporal", "tcn1.bn": "norm", "residual.conv": "shortcut.0", "residual.bn": "shortcut.1"}
+        names = {f"{theirs}.{part}": f"{ours}.{name}" for theirs, ours in blocks.items() for part, name in names.items()}
+        names["data_bn"] = "data_norm"
+        weight, = old.pop("fc.weight").unbind(-1)  # a convolution of one tap: (3, C, 1) -> (3, C)
+        channels, joints = weight.shape[1], old["expand_gcn.gcn1.PA"].shape[-1]
+        new = {"head.W_shared": weight.T, "head.b_shared": old.pop("fc.bias")}
         for theirs, ours in blocks.items():
             def take(letter, kind):
                 return [old.pop(f"{theirs}.gcn1.conv_{letter}.{k}.{kind}") for k in range(3)]
@@ -371,8 +393,8 @@ def from_released(state_dict, filter_widths=(3, 3, 3, 3, 3), edges=H36M_EDGES):
         for key, value in old.items():  # what has no counterpart keeps its name, and load_state_dict names it
             part = next((part for part in names if key == part or key.startswith(part + ".")), key)
             new[names.get(part, part) + key[len(part):]] = value.mT if key.endswith("tcn1.conv.weight") else value
-        model = GLAGCN(joints, edges, widths, channels, unshared_weight=0.0).to(new["head.W_shared"].dtype)
+        model = GLAGCN(joints, edges, filter_widths, channels, unshared_weight=0.0).to(weight.dtype)
         model.load_state_dict(new)
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"no GLA-GCN weights for filter widths {widths}: {error}") from None
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"no GLA-GCN weights for filter widths {filter_widths}: {error}") from None
     return model

@@ -292,7 +292,10 @@ class GridConv(nn.Module):
             these = slice(product, product + count * taps)
             patch = cells.index_select(1, self.source[these])  # (B, count * taps, C_in)
             if alpha is not None:
-                patch = patch * alpha.index_select(1, self.pair[these])  # Eq. 8: alpha scales the kernel's taps
+                scale = alpha.index_select(1, self.pair[these])  # Eq. 8: alpha scales the kernel's taps
+                # No gradient needs the unscaled patch: a tensor less to write. Autocast may mix dtypes.
+                in_place = not torch.is_grad_enabled() and patch.dtype == scale.dtype
+                patch = patch.mul_(scale) if in_place else patch * scale
             kernel = bank.index_select(0, self.kernels[first:first + taps]).flatten(0, 1)  # (taps * C_in, C_out)
             out.append((patch.view(B * count, taps * C) @ kernel).view(B, count, kernel.shape[1]))
             product, first = product + count * taps, first + taps
@@ -456,15 +459,24 @@ def from_released(state_dict, padding, grid_shape=(5, 5)):
     "zeros") for those on HRNet's and for vanilla ones. Without a learnt grid the layout is RELEASED_5X5 on 5 x 5 and
     None on other shapes. ValueError: weights that are not GridConv's, or that do not fit the grid or the branches.
     """
+    try:
+        return _read_released(state_dict, padding, grid_shape)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"not the weights of a released GridConv that fit padding {padding} on {grid_shape}: {error}") from None
+
+
+def _read_released(state_dict, padding, grid_shape):
+    """from_released, with whatever error reading something else ends in."""
     new = {}
     for key in sorted(state_dict):
         value = state_dict[key]
         found = re.fullmatch(r"(?:linear_stages\.(\d+)\.)?(w|batch_norm|atten_conv)([12])\.(.+)", key)
         if key == "sgt_layer.sgt_trans_mat":  # (1, H*P, J)
-            new["autogrids.s_prob"] = value[0]
+            new["autogrids.s_prob"], = value
             continue
         if not found:
-            raise ValueError(f"not the weights of a released GridConv: unexpected entry {key!r}")
+            raise ValueError(f"unexpected entry {key!r}")
         block, part, which, rest = found.groups()
         layer = f"blocks.{block}.{int(which) - 1}" if block else ("expand", "shrink")[int(which) - 1]
         conv = layer if layer == "shrink" else f"{layer}.conv"
@@ -473,12 +485,12 @@ def from_released(state_dict, padding, grid_shape=(5, 5)):
         elif part == "batch_norm":
             new[f"{layer}.norm.{rest}"] = value
         else:
-            name, entry = rest.split(".")
-            name = {"fc": "squeeze", "bn": "norm", "position_fc": "position"}[name]
+            name, _, entry = rest.partition(".")  # an unknown name stays, and load_state_dict names it
+            name = {"fc": "squeeze", "bn": "norm", "position_fc": "position"}.get(name, name)
             new[f"{conv}.attention.{name}.{entry}"] = value.flatten(1) if value.dim() == 4 else value  # 1 x 1 conv
     new = {k: torch.stack(v) if isinstance(v, list) else v for k, v in new.items()}
     if "expand.conv.weight" not in new or "shrink.weight" not in new:
-        raise ValueError(f"not the weights of a released GridConv: no w1 and w2 among {len(state_dict)} entries")
+        raise ValueError(f"no w1 and w2 among {len(state_dict)} entries")
     kernel = {k: v.shape[-1] for k, v in new.items() if v.dim() == 5}
     blocks = sum(k.endswith(".0.conv.weight") for k in new)
     S = new.get("autogrids.s_prob")
@@ -494,10 +506,7 @@ def from_released(state_dict, padding, grid_shape=(5, 5)):
         in_dim=in_dim, out_dim=new["shrink.weight"].shape[1])
     if network.autogrids is None and layout is not None:
         new["fixed_assignment"] = network.fixed_assignment
-    try:
-        network.load_state_dict(new)
-    except RuntimeError as error:
-        raise ValueError(f"these weights do not fit padding {padding} on {grid_shape}: {error}") from None
+    network.load_state_dict(new)
     return network.to(new["expand.conv.weight"].dtype)
 
 
@@ -576,15 +585,16 @@ class TemporalGridLiftingNetwork(GridLiftingNetwork):
     With its defaults 38,063,324 parameters (Table C: 38.1 M). Ours, where the paper is silent: every frame of a kernel
     has an attention of its own, fed by the frame it reads (one for all frames would make 38.0 M); dropout takes whole
     channels, and the shrinking layer has K_t = 1 and K_s = 3, as in the single-frame network.
-    ValueError: what GridLiftingNetwork refuses; a filter width that is even or below 1, or none.
+    ValueError: what GridLiftingNetwork refuses; a filter width that is even or below 1, or a product of 1.
     """
 
     def __init__(self, num_joints=17, layout=HANDCRAFTED_5X5, grid_shape=None, filter_widths=(3, 3, 3), hidden=512,
                  padding=("circular", "replicate"), dropout=0.25, in_dim=2, out_dim=3):
         super().__init__(num_joints, layout, grid_shape, hidden, 0, padding=padding, dropout=dropout, in_dim=in_dim,
                          out_dim=out_dim)
-        if not filter_widths or any(width < 1 or width % 2 == 0 for width in filter_widths):
-            raise ValueError(f"filter_widths: {filter_widths}, expected odd numbers above 0")
+        odd = lambda width: hasattr(width, "__index__") and width > 0 and width % 2 == 1
+        if not isinstance(filter_widths, (tuple, list)) or not all(map(odd, filter_widths)) or math.prod(filter_widths) == 1:
+            raise ValueError(f"filter_widths: {filter_widths!r}, expected odd numbers above 0 whose product is above 1")
         self.filter_widths, self.receptive_field = tuple(filter_widths), math.prod(filter_widths)
 
         def layer(c_in, frames):

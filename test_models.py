@@ -324,6 +324,8 @@ def test_dgridconv_is_equation_8(grid, padding, K, c_in, c_out, bias, seed):
     for memory_format in (torch.contiguous_format, torch.channels_last):
         got = layer(x.contiguous(memory_format=memory_format), alpha)
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+        with torch.no_grad():  # scales in place
+            assert torch.equal(layer(x.contiguous(memory_format=memory_format), alpha), got)
     inputs = [x, alpha, layer.weight] + ([layer.bias] if bias else [])
     push = torch.randn_like(want)
     for mine, plain in zip(torch.autograd.grad((got * push).sum(), inputs), torch.autograd.grad((want * push).sum(), inputs)):
@@ -628,6 +630,17 @@ def test_weights_of_something_else_are_refused():
             gridconv.from_released(broken, ("circular", "zeros"))
     with pytest.raises(ValueError, match="fit"):
         gridconv.from_released(state, ("circular",))
+    learnt = golden_weights(released_gridconv_shapes(8, 1, 25, learnt=True), prior=0.0)
+    fc, S, w1, w2 = "atten_conv1.fc.weight", "sgt_layer.sgt_trans_mat", "w1.branch1_weight", "w2.branch1_weight"
+    both = lambda value: {w2: value, "w2.branch2_weight": value}
+    for change in ({"atten_conv1.foo.weight": state[fc]}, {"atten_conv1.fc": state[fc]}, {w2: state[w2][:, :4]},
+                   both(state[w2][0, 0]), both(None), {w1: 3.0}, {fc: "x"}, {S: learnt[S][0, 0]}, {S: learnt[S][0]},
+                   {S: learnt[S].expand(2, -1, -1)}, {S: None}, {7: state[fc]},
+                   {name: value[:0] for name, value in state.items() if name.startswith("w1.branch")}):
+        with pytest.raises(ValueError, match="released GridConv"):
+            gridconv.from_released({**(learnt if S in change else state), **change}, ("circular", "zeros"))
+    with pytest.raises(ValueError, match="released GridConv"):
+        gridconv.from_released(None, ("circular", "zeros"))
 
 
 # Variants: Temporal GridConv, training together with a detector, the neighbours
@@ -906,7 +919,8 @@ def test_neighbours_parameters():
 
 @pytest.mark.parametrize("make, says", [
     (lambda: gridconv.TemporalGridLiftingNetwork(filter_widths=(3, 2), hidden=2), r"filter_widths: \(3, 2\)"),
-    (lambda: gridconv.TemporalGridLiftingNetwork(filter_widths=(), hidden=2), "filter_widths"),
+    *((lambda widths=widths: gridconv.TemporalGridLiftingNetwork(filter_widths=widths, hidden=2),
+       f"filter_widths: {re.escape(repr(widths))}") for widths in ((), (1,), (1, 1), (3.0,), (None,), 3, None)),
     (lambda: gridconv.TemporalGridLiftingNetwork(filter_widths=(3,), hidden=2)(torch.zeros(2, 9, 17, 2)), r"\(B, 3, 17, 2\)"),
     (lambda: gridconv.TemporalGridLiftingNetwork(filter_widths=(3,), hidden=2)(torch.zeros(2, 17, 2)), r"\(B, 3, 17, 2\)"),
     (lambda: gridconv.FullyConnectedLifter(hidden=2)(torch.zeros(2, 16, 2)), r"\(2, 16, 2\).*\(B, 17, 2\)"),
@@ -1021,7 +1035,7 @@ class PlainGLAGCN(nn.Module):
 
     def __init__(self, channels=8, widths=(3, 3), edges=glagcn.H36M_EDGES, joints=17, dropout=0.0):
         super().__init__()
-        A = glagcn.spatial_partition(edges, joints).to(torch.get_default_dtype())
+        A = glagcn.spatial_partition(edges, joints)
         self.widths, self.dropout = widths, dropout
         self.data_bn, self.expand_gcn = nn.BatchNorm1d(joints * 2), PlainBlock(2, channels, A, dropout=dropout)
         self.layers_tcngcn = nn.ModuleList()
@@ -1207,7 +1221,8 @@ def test_gla_edges_connect_every_joint_once(edges, joints):
 
 @pytest.mark.parametrize("edges, message", [
     (((0, 1), (1, 3)), r"\(1, 3\).*0\.\.2"), (((0, 1), (-1, 2)), r"\(-1, 2\).*0\.\.2"), (((0, 1),), r"joints \[2\]"),
-    ((), r"joints \[1, 2\]")])
+    ((), r"joints \[1, 2\]"), (((0, 1), (1, 2), (2, 2)), r"\(2, 2\)"), (((0, 1), (1, 2.0)), r"\(1, 2\.0\)"),
+    (((0, 1), (1, "2")), r"\(1, '2'\)"), (((0, 1), (1, 2, 0)), r"\(1, 2, 0\)")])
 def test_gla_bad_edges_are_named(edges, message):
     with pytest.raises(ValueError, match=message):
         glagcn.GLAGCN(3, edges, (3,), 4)
@@ -1215,6 +1230,8 @@ def test_gla_bad_edges_are_named(edges, message):
 
 def test_gla_cycles_are_fine_and_an_unknown_normalisation_is_not():
     assert glagcn.spatial_partition(((0, 1), (1, 2), (2, 0)), 3).shape == (3, 3, 3)
+    edges = glagcn.H36M_EDGES
+    assert torch.equal(glagcn.spatial_partition(iter(edges), 17), glagcn.spatial_partition(edges, 17))
     with pytest.raises(ValueError, match="rows.*symmetric"):
         glagcn.spatial_partition(((0, 1),), 2, "rows")
 
@@ -1302,7 +1319,7 @@ def test_gla_strided_module_divides_the_frames(half, groups, causal):
             module(torch.randn(2, 4, 2, width * groups + 1))
 
 
-@given(st.lists(st.sampled_from([1, 3, 5, 7]), min_size=1, max_size=3), st.booleans(),
+@given(st.lists(st.sampled_from([1, 3, 5, 7]), min_size=1, max_size=3).filter(lambda widths: max(widths) > 1), st.booleans(),
        st.sampled_from(["stride", "mean"]))
 @settings(max_examples=12, deadline=None)
 def test_gla_any_odd_widths_end_at_one_frame(widths, causal, temporal):
@@ -1330,10 +1347,36 @@ def test_gla_wrong_shapes_name_both_sizes(shape):
     (dict(filter_widths=(-3,)), "width -3"), (dict(filter_widths=()), "filter_widths"),
     (dict(unshared_weight=1.5), "1.5"), (dict(unshared_weight=-0.1), "-0.1"),
     (dict(unshared_weight=float("nan")), "nan"), (dict(temporal="max"), "'max'.*stride.*mean"),
-    (dict(head="none"), "'none'.*individual.*full")])
+    (dict(unshared_weight=7, head="full"), "unshared_weight 7"), (dict(unshared_weight=float("nan"), head="full"), "nan"),
+    (dict(filter_widths=(1,)), r"filter_widths: \(1,\)"), (dict(filter_widths=[1, 1]), r"filter_widths: \[1, 1\]"),
+    (dict(filter_widths=(3.0,)), r"filter_widths: \(3\.0,\)"), (dict(filter_widths=(None,)), r"filter_widths: \(None,\)"),
+    (dict(filter_widths=3), "filter_widths: 3"), (dict(filter_widths=None), "filter_widths: None"),
+    (dict(channels=0), "channels: 0"), (dict(channels=-4), "channels: -4"), (dict(channels=4.0), "channels: 4.0"),
+    (dict(reconstruct_blocks=-1), "reconstruct_blocks: -1"), (dict(reconstruct_blocks=0.5), "reconstruct_blocks: 0.5"),
+    (dict(normalisation="rows"), "'rows'.*column.*symmetric"), (dict(head="none"), "'none'.*individual.*full")])
 def test_gla_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        glagcn.GLAGCN(channels=4, **options)
+        glagcn.GLAGCN(**{"channels": 4, **options})
+
+
+@pytest.mark.parametrize("options", [
+    dict(reconstruct=True), dict(head="full", temporal="mean", reconstruct=True), dict(adaptive=False, reconstruct=True)])
+def test_gla_an_empty_batch_gives_an_empty_batch(options):
+    model = glagcn.GLAGCN(filter_widths=(3, 3), channels=8, **options).eval()
+    pose, sequence = model(torch.zeros(0, 9, 17, 2), return_sequence=True)
+    assert pose.shape == (0, 17, 3) and sequence.shape == (0, 9, 17, 3)
+
+
+@pytest.mark.parametrize("normalisation", ["column", "symmetric"])
+def test_gla_every_layer_has_the_partition_it_was_asked_for_to_the_last_bit(normalisation):
+    build = lambda: glagcn.GLAGCN(filter_widths=(3,), channels=4, reconstruct=True, normalisation=normalisation)
+    want = glagcn.spatial_partition(glagcn.H36M_EDGES, 17, normalisation)
+    for model, A in ((build(), want.float()), (build().double(), want), (copy.deepcopy(build()).half().double(), want)):
+        graphs = [module.A for module in model.modules() if isinstance(module, glagcn.AdaptiveGraphConv)]
+        assert len(graphs) == 1 + 3 + 1 + 2 and all(torch.equal(graph, A) for graph in graphs)
+        assert not any(name.endswith("A") for name in model.state_dict())
+    released = glagcn.from_released(PlainGLAGCN(8, (3,)).double().state_dict(), (3,))
+    assert torch.equal(released.strided[0].second.spatial.A, glagcn.spatial_partition(glagcn.H36M_EDGES, 17))
 
 
 def _gla_count(model):
@@ -1496,6 +1539,15 @@ def test_gla_from_released_refuses_what_does_not_fit():
         glagcn.from_released({key: value for key, value in state.items() if key != "data_bn.bias"}, (3, 3))
     with pytest.raises(ValueError, match="0..14"):
         glagcn.from_released(PlainGLAGCN(8, (3,), glagcn.HUMANEVA15_EDGES, 15).state_dict(), (3,))
+    fc, PA, tcn = "fc.weight", "expand_gcn.gcn1.PA", "expand_gcn.tcn1.conv.weight"
+    for change in ({fc: state[fc][:, :, 0]}, {fc: state[fc].expand(3, 8, 5)}, {fc: state[fc][:, :0]}, {fc: None},
+                   {fc: state[fc].int()}, {PA: torch.tensor(0.0)}, {PA: state[PA][0, 0]}, {PA: "x"}, {tcn: 3.0},
+                   {"layers_tcngcn.": state[PA]}, {7: state[PA]}):
+        with pytest.raises(ValueError, match="no GLA-GCN weights"):
+            glagcn.from_released({**state, **change}, (3, 3))
+    for weights, widths in ((None, (3, 3)), ([], (3, 3)), (state, 3), (state, (3.0, 3))):
+        with pytest.raises(ValueError, match="no GLA-GCN weights"):
+            glagcn.from_released(weights, widths)
 
 
 def test_gla_can_be_exported_and_autocast():
