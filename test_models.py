@@ -4576,7 +4576,7 @@ def test_swapped_sides_reach_training_and_test_but_no_target(run_folder):
 def test_benchmark_compares_equal_things(run_folder):
     network = random_network(hidden=8, layout=gridconv.HANDCRAFTED_5X5)
     pose = torch.randn(4, 17, 2, dtype=torch.float64)
-    torch.testing.assert_close(train.plain_network(network)(pose), network(pose), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(train.made_plain(copy.deepcopy(network))(pose), network(pose), rtol=1e-10, atol=1e-10)
     layer = gridconv.DynamicGridConv(3, 5).double()
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     torch.testing.assert_close(train.plain_grid_conv(layer, x), plain_dgridconv(
@@ -5407,6 +5407,24 @@ def test_human36m_in_full_loads_in_a_minute_and_six_gigabytes():
     assert done.stdout.startswith("2,103,360 frames") and float(seconds) < 60 and float(memory) < 6
 
 
+@pytest.mark.parametrize("fields", [{"loss": "grid", "layout": "released"}, {**TINY_GLA, "reconstruct": True, "stage_one_epochs": 0.5}],
+                         ids=["gridconv", "glagcn"])
+def test_a_plain_run_takes_the_same_steps(fields, run_folder):
+    losses = []
+    for plain in (False, True):
+        run = make_run(run_folder, **{**fields, "dropout": 0.0, "epochs": 1.0, "optimizer": "adam"})
+        if plain:
+            train.made_plain(run.model)
+        run.begin_epoch(0)
+        for chunk in run.batches(train.epoch_order(run.recipe, len(run.store), 0))[:3]:
+            run.train_step(chunk)
+        losses.append(run.losses[:3].tolist())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(set(losses[0])) == 3
+    store = make_run(run_folder, **fields).store
+    timed = [train.step_seconds(run.recipe, store, torch.device("cpu"), steps=1, plain=plain) for plain in (False, True)]
+    assert timed[0][1] == timed[1][1] and min(seconds for seconds, _ in timed) > 0
+
+
 def test_bench_counts_what_is_outside_the_steps():
     store = FrameStore(data.synthesize(0, subjects=("S1",), motions=("walk",), frames=40), "width", SKELETONS["h36m17"])
     assert 0 <= train.outside_steps(store, torch.device("cpu")) < 0.5
@@ -6015,7 +6033,8 @@ def test_files_of_any_other_structure_end_in_one_line(tmp_path_factory, everythi
     kind = {"h36m": "h36m", "huma": "humaneva", "3dhp": "3dhp", "unno": "gridconv"}[re.search("h36m|huma|3dhp|unno", name)[0]]
     recipe = recipe_of(data=kind, skeleton={"humaneva": "humaneva15", "3dhp": "3dhp17"}.get(kind, "h36m17"))
     try:
-        wanted = SimpleNamespace(**vars(recipe), normalise="width", target="camera", cameras="recorded", noise=0.0, missing=0.0)
+        wanted = SimpleNamespace(**vars(recipe), normalise="width", target="camera", cameras="recorded", noise=0.0, missing=0.0,
+                                 swap_sides=False)
         store = evaluation.make_store(wanted, folder, "test", torch.device("cpu"))
         assert torch.isfinite(store.input).all() and torch.isfinite(store.target).all()
     except InputError as error:

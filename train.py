@@ -839,15 +839,6 @@ def plain_grid_conv(layer, x):
     return out if layer.bias is None else out + layer.bias.sum(0)[:, None, None]
 
 
-def plain_network(network):
-    """A copy of a GridLiftingNetwork whose layers are plain_grid_conv."""
-    network = copy.deepcopy(network)
-    for layer in network.modules():
-        if isinstance(layer, gridconv.GridConv):
-            layer.forward = functools.partial(plain_grid_conv, layer)
-    return network
-
-
 def plain_graph_conv(layer, x):
     """AdaptiveGraphConv as one first writes Eq. 2-3: a product for each subset and embedding. Features (B, C, T, J)."""
     (B, C, T, J), E, out = x.shape, layer.embedding, 0
@@ -880,6 +871,16 @@ def plain_glagcn(model, x, return_sequence=False):
         x = y + x[:, :, module.frame::module.width]
     pose = model.head(x.mean(2).transpose(1, 2))
     return (pose, sequence) if return_sequence else pose
+
+
+def made_plain(model):
+    """The same GridLiftingNetwork or GLAGCN, which from now on computes by the plain forms."""
+    for layer in model.modules():
+        if isinstance(layer, gridconv.GridConv):
+            layer.forward = functools.partial(plain_grid_conv, layer)
+    if isinstance(model, GLAGCN):
+        model.forward = functools.partial(plain_glagcn, model)
+    return model
 
 
 class SampleByFrame(torch.utils.data.Dataset):
@@ -951,14 +952,12 @@ def bench(device=None, full_size=False, compile=False):
         rows.append([label, f"{times[2]:.2f}x", f"{1000 * times[0]:.1f}", f"{1000 * times[1]:.1f}",
                      samples and f"{samples / times[0]:,.0f}", flops and f"{100 * flops / times[0] / rate:.0f} %"])
 
-    def step(model, *batch, plain=None):
-        """A training step of the model, or of its plain form."""
+    def step(model, *batch):
         optimizer = torch.optim.Adam(model.parameters(), 1e-3)
 
         def run():
             optimizer.zero_grad()
-            loss = (plain(model, batch[0]) if plain else model(batch[0])) - batch[1]
-            loss.square().mean().backward()
+            (model(batch[0]) - batch[1]).square().mean().backward()
             optimizer.step()
         return run
 
@@ -981,7 +980,7 @@ def bench(device=None, full_size=False, compile=False):
         lambda: plain_grid_conv(layer, plain_x).backward(push), flops=200 * 3 * 2 * 281 * 256 ** 2)
     network = gridconv.GridLiftingNetwork().to(device)
     batch = torch.randn(200, 17, 2, device=device), torch.randn(200, 17, 3, device=device)
-    plain = plain_network(network)
+    plain = made_plain(copy.deepcopy(network))
     row("GridConv network, training step (batch 200)", step(network, *batch), step(plain, *batch), 200)
     network.eval(), plain.eval()
     row("GridConv network, evaluation (batch 200)", lift(lambda: network(batch[0])), lift(lambda: plain(batch[0])), 200)
@@ -1002,13 +1001,13 @@ def bench(device=None, full_size=False, compile=False):
     for widths, size in (((3,) * 3, 64), ((3,) * 5, 8)):
         model, T = GLAGCN(filter_widths=widths, dropout=0.0, unshared_weight=0.0).to(device), 3 ** len(widths)
         batch = torch.randn(size, T, J, 2, device=device), torch.randn(size, J, 3, device=device)
-        row(f"GLA-GCN, training step (batch {size}, C = {C}, T = {T})", step(model, *batch), step(model, *batch, plain=plain_glagcn),
-            size)
+        plain = made_plain(copy.deepcopy(model))
+        row(f"GLA-GCN, training step (batch {size}, C = {C}, T = {T})", step(model, *batch), step(plain, *batch), size)
         if compile and T == 27:
             compiled("GLA-GCN, T = 27, training step", model, *batch)
-        model.eval()
-        row(f"GLA-GCN, evaluation (batch {size}, C = {C}, T = {T})", lift(lambda: model(batch[0])),
-            lift(lambda: plain_glagcn(model, batch[0])), size)
+        model.eval(), plain.eval()
+        row(f"GLA-GCN, evaluation (batch {size}, C = {C}, T = {T})", lift(lambda: model(batch[0])), lift(lambda: plain(batch[0])),
+            size)
 
     def endless(batches):
         while True:
@@ -1053,12 +1052,13 @@ def outside_steps(store, device):
 
 
 def bench_full_size(device):
-    """Seconds an epoch and hours a run of published rows on as many frames as Human3.6M has, from a few steps timed here."""
+    """Seconds an epoch and hours a run of published rows on as many frames as Human3.6M has, from a few steps timed here, and
+    how many times as long the plain forms take, in float32 and not compiled."""
     frames = data.H36M_FRAMES["train"][0]
     motion = data.synthesize(0)
     length = sum(len(s.pose_3d) for s in motion)
     sequences = (motion * -(-frames // length))
-    rows, stores = [], {}
+    rows, stores, plain = [], {}, {}
     faster = dict(precision="bf16", micro_batch=128)
     plan = [("gridconv-gt", {}), ("glagcn-gt-243", dict(micro_batch=64)), ("glagcn-gt-243-reconstruct", dict(micro_batch=64))]
     if device.type == "cuda":
@@ -1071,12 +1071,18 @@ def bench_full_size(device):
         if recipe.normalise not in stores:
             stores[recipe.normalise] = data.FrameStore(sequences, recipe.normalise, data.SKELETONS["h36m17"], device)
         store = stores[recipe.normalise]
-        seconds, steps = step_seconds(recipe, store, device, 20 if device.type == "cuda" else 1)
-        rows.append([name, recipe.batch, recipe.precision + ", compiled" * recipe.compile, f"{1000 * seconds:,.1f}", f"{steps:,}",
+        count = 20 if device.type == "cuda" else 1
+        seconds, steps = step_seconds(recipe, store, device, count)
+        if name not in plain:
+            simple = dataclasses.replace(recipe, precision="float32", compile=False)
+            plain[name] = step_seconds(simple, store, device, count, plain=True)[0]
+        rows.append([name, recipe.batch, recipe.precision + ", compiled" * recipe.compile, f"{1000 * seconds:,.1f}",
+                     f"{plain[name] / seconds:.2f}x", f"{steps:,}",
                      f"{seconds * steps:,.0f}", f"{recipe.epochs:g}", f"{seconds * steps * recipe.epochs / 3600:,.2f}"])
     print(f"{len(store):,} frames of procedural motion (Human3.6M has {frames:,}); an epoch is steps times the median of the steps "
           "timed.\n")
-    print(evaluation.markdown(["recipe", "batch", "precision", "ms a step", "steps an epoch", "seconds an epoch", "epochs", "hours"], rows))
+    print(evaluation.markdown(["recipe", "batch", "precision", "ms a step", "against plain", "steps an epoch", "seconds an epoch",
+                               "epochs", "hours"], rows))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1278,14 +1284,16 @@ ABLATIONS = {
 }
 
 
-def step_seconds(recipe, store, device, steps=12):
+def step_seconds(recipe, store, device, steps=12, plain=False):
     """(seconds of a training step, steps an epoch) of the recipe on a store's frames: the median of `steps` steps, after
-    three others; of a recipe with two stages the mean of both, as it divides its epochs."""
+    three others; of a recipe with two stages the mean of both, as it divides its epochs. plain: of the plain form."""
     share, seconds = recipe.stage_one_epochs / recipe.epochs, 0.0
     for stage_one, weight in ((1.0, share), (0.0, 1 - share)):
         if weight == 0:
             continue
         run, times = Run(dataclasses.replace(recipe, epochs=1.0, stage_one_epochs=stage_one), store, ".", device), []
+        if plain:
+            made_plain(run.model)
         run.begin_epoch(0)
         for chunk in run.batches(epoch_order(recipe, len(run.store), 0).to(device))[:steps + 3]:
             started = time.perf_counter()
