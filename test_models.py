@@ -5150,6 +5150,9 @@ HOSTILE_PICKLES = {
     "bytes of a claimed length": crafted(b"\x8e" + struct.pack("<Q", 10 ** 12)),
     "a structure with fields of its own": crafted(*ARRAY, b"(K\x01)", ("numpy", "dtype"), b"U\x02V8\x89\x88\x87R",
                                                   b"(K\x03U\x01|NU\x01a\x85}U\x01a", *KIND, b"K\x00\x86sK\x08K\x01K\x00tb\x89U\x08AAAAAAAAtb"),
+    "a bytearray of a claimed length": crafted(b"\x96" + struct.pack("<Q", 300 << 20), b"x"),
+    "a text copied 400 times": crafted(b"](X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20) + b"q\x00",
+                                       *[("_codecs", "encode"), b"h\x00\x85R"] * 400, b"e"),
     "code": crafted(("os", "system"), b"U\x0etouch /tmp/own\x85R"),
 }
 
