@@ -772,6 +772,8 @@ def read_torch(path, inert=False, remedy="check the path"):
                 names = {name.partition("/")[2]: name for name in archive.namelist()}
                 if "constants.pkl" in names:
                     raise ValueError("it is a TorchScript program, which is refused")
+                if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                    raise ValueError("it is compressed, as torch.save never does")
                 if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
                     raise ValueError("its numbers are big-endian")
 
@@ -798,15 +800,19 @@ def _read_legacy(file, read, storages):
     then for each of these the number of its values and their bytes."""
     if read(file) != 0x1950a86a20f9469cfc6c or read(file) != 1001 or read(file)["little_endian"] is not True:
         raise ValueError("no torch.save file of a version known here")
-    size = os.fstat(file.fileno()).st_size
+    left = os.fstat(file.fileno()).st_size
 
     def storage(kind, *saved):
+        nonlocal left
         if kind == "module":  # a whole module's class beside its source
             return saved[0]
         dtype, key, _, count, view = saved
-        if not 0 <= count * dtype.itemsize <= size:
-            raise ValueError(f"it claims {count} values of {dtype}, and holds {size} bytes")
-        values = storages.setdefault(key, torch.zeros(count, dtype=dtype))
+        if key not in storages:
+            if not 0 <= count * dtype.itemsize <= left:
+                raise ValueError(f"it claims {count} values of {dtype}, and holds at most {left} bytes of them")
+            left -= count * dtype.itemsize
+            storages[key] = torch.zeros(count, dtype=dtype)
+        values = storages[key]
         return values[view[1]:view[1] + view[2]] if view else values
     content = read(file, storage=storage)
     for key in read(file):
@@ -899,7 +905,7 @@ def read_bvh(path):
     Rotation channels apply in the order they are listed (R = R_first R_second R_third); position channels, on any
     joint, replace that joint's OFFSET; end sites are joints `<parent>_end`. Raises InputError for anything else.
     """
-    text = _existing(path, "name a BVH file").read_bytes().decode("utf-8-sig", "replace")
+    text = _content(path, "name a BVH file").decode("utf-8-sig", "replace")
     lines = iter(enumerate(text.splitlines(), 1))
     names, parents, offsets, channels = _read_hierarchy(lines, path)
     values, seconds = _read_motion(lines, sum(map(len, channels)), path)
