@@ -60,6 +60,9 @@ def run(main):
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except MemoryError as error:
+        print(f"error: not enough memory {error}".strip(), file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).name
         if not isinstance(error, (InputError, OSError)) and raised_in not in ("gridconv.py", "glagcn.py"):
@@ -101,6 +104,8 @@ def write_atomically(path, write, previous=None):
 def _existing(path, remedy):
     path = Path(path)
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe waits for its writer, a device never ends
+            raise InputError(f"{path}: not a regular file; copy what it gives into one, and name that")
         with open(path, "rb"):
             return path
     except FileNotFoundError:
@@ -109,13 +114,20 @@ def _existing(path, remedy):
         raise InputError(f"{path}: cannot be read ({error.strerror}); allow it, or name another") from None
 
 
+def _content(path, remedy):
+    try:
+        return _existing(path, remedy).read_bytes()
+    except MemoryError:
+        raise InputError(f"{path}: larger than the memory; name a smaller file") from None
+
+
 def read_json(path, remedy="name a JSON file"):
     """What a JSON file holds; InputError where there is none, or something else."""
-    text = _existing(path, remedy).read_bytes()
+    text = _content(path, remedy)
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error}); write it again") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise InputError(f"{path}: not JSON ({str(error) or type(error).__name__}); write it again") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
