@@ -310,8 +310,9 @@ def load_model(path, **overrides):
     try:
         content = content if isinstance(content, dict) else {f"a {type(content).__name__}": None}
         if content.get("format") == "poselift":
-            if content.get("version") != 1:
-                raise InputError(f"{path}: checkpoint version {reprlib.repr(content.get('version'))}, this code reads version 1")
+            version = content.get("version")
+            if version != 1:
+                raise InputError(f"{path}: checkpoint version {reprlib.repr(version)}, this code reads version 1")
             build, known, state = _own, content.get("recipe"), content.get("model")
         elif "model_pos" in content:
             build, known, state = _released_glagcn, _RELEASED_GLAGCN, content["model_pos"]
