@@ -60,6 +60,9 @@ def run(main):
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except MemoryError as error:
+        print(f"error: not enough memory {error}".strip(), file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).name
         if not isinstance(error, (InputError, OSError)) and raised_in not in ("gridconv.py", "glagcn.py"):
@@ -101,6 +104,8 @@ def write_atomically(path, write, previous=None):
 def _existing(path, remedy):
     path = Path(path)
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe waits for its writer, a device never ends
+            raise InputError(f"{path}: not a regular file; copy what it gives into one, and name that")
         with open(path, "rb"):
             return path
     except FileNotFoundError:
@@ -109,13 +114,20 @@ def _existing(path, remedy):
         raise InputError(f"{path}: cannot be read ({error.strerror}); allow it, or name another") from None
 
 
+def _content(path, remedy):
+    try:
+        return _existing(path, remedy).read_bytes()
+    except MemoryError:
+        raise InputError(f"{path}: larger than the memory; name a smaller file") from None
+
+
 def read_json(path, remedy="name a JSON file"):
     """What a JSON file holds; InputError where there is none, or something else."""
-    text = _existing(path, remedy).read_bytes()
+    text = _content(path, remedy)
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error}); write it again") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise InputError(f"{path}: not JSON ({str(error) or type(error).__name__}); write it again") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -659,17 +671,48 @@ def _unpickle(file, admitted, inert=False, storage=None):
 
     Python's own unpickler rather than C's, which allocates as much as a number in the file says.
     """
+    start = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(start)
+    placeholder = functools.cache(lambda name: type(name, (_Inert,), {}))
+
     class Unpickler(pickle._Unpickler):
+        dispatch, left = dict(pickle._Unpickler.dispatch), 10 * size + 10 ** 6
+
         def find_class(self, module, name):
             if (module, name) in admitted:
-                return admitted[module, name]
+                found = admitted[module, name]
+                return functools.partial(self.call, found) if callable(found) else found
             if inert:
-                return type(name.rpartition(".")[2] or "Inert", (_Inert,), {})
+                return placeholder(name.rpartition(".")[2] or "Inert")
             raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which is refused: only arrays, numbers, "
                                          "strings and plain containers are read")
 
+        def call(self, function, *args):
+            self.charge(args)
+            return function(*args)
+
+        def charge(self, values):  # a few bytes can name a long value once more, and have it copied once more
+            sized = (str, bytes, list, tuple, dict, set, frozenset)
+            self.left -= sum(len(value) for value in values if isinstance(value, sized))
+            if self.left < 0:
+                raise pickle.UnpicklingError("it copies the same values again and again")
+
         def persistent_load(self, saved):
             return storage(*saved)
+
+        def load_build(self):  # pickle's own sets the attributes of anything, those of functions and tensors too
+            state, changed = self.stack.pop(), self.stack[-1]
+            if isinstance(changed, (_DType, _Array, _Inert)):
+                self.charge(state if isinstance(state, tuple) else ())
+                changed.__setstate__(state)
+            elif not isinstance(changed, collections.OrderedDict):  # a state_dict's _metadata, which is left out
+                raise pickle.UnpicklingError(f"it changes a {type(changed).__name__}, which is refused")
+        dispatch[pickle.BUILD[0]] = load_build
+
+        def load_bytearray8(self):  # pickle's own allocates what is claimed
+            raise pickle.UnpicklingError("a bytearray, which is refused")
+        dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
     return Unpickler(file, encoding="latin1").load()
 
 
@@ -697,18 +740,31 @@ def _read_npy(content):
     return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
 
 
+def _unpack(archive, size):
+    """(name, content) of each member of a zip archive of `size` bytes. Motion compresses about 10-fold, zeros 1,000-fold:
+    archives of more than 200 times their size and 100 MB are refused, and methods other than numpy.savez_compressed's."""
+    claimed = sum(info.file_size for info in archive.infolist())
+    if claimed > 200 * size + 10 ** 8:
+        raise ValueError(f"{size} bytes that unpack to {claimed}, above the bound of 200 times its size and 100 MB")
+    for info in archive.infolist():
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{info.filename} is compressed by method {info.compress_type}, which NumPy does not use")
+        with archive.open(info) as member:  # the checksum is checked before anything is made of what read() returns
+            yield info.filename, member.read(info.file_size)  # no more, whatever it would unpack to
+
+
 def read_npz(path, remedy="check the path"):
     """{key: array} of a NumPy archive, or of one .npy file. Pickles are read without running code; see `_ADMITTED`.
 
     Raises InputError where the file is missing, damaged (each member of an archive has a checksum, an .npy file has
-    none), claims more data than it holds, or names anything else.
+    none), claims more data than it holds, unpacks to more than 200 times its size and 100 MB, or names anything else.
     """
     path = _existing(path, remedy)
     try:
         if path.suffix.lower() == ".npy":
             return {path.stem: _read_npy(path.read_bytes())}
-        with zipfile.ZipFile(path) as archive:  # read() checks the checksum, before anything is made of what it returns
-            return {info.filename.removesuffix(".npy"): _read_npy(archive.read(info)) for info in archive.infolist()}
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy"): _read_npy(content) for name, content in _unpack(archive, path.stat().st_size)}
     except Exception as error:  # a hostile or damaged pickle may raise anything
         raise _unreadable(path, error) from None
 
@@ -728,6 +784,8 @@ def read_torch(path, inert=False, remedy="check the path"):
                 names = {name.partition("/")[2]: name for name in archive.namelist()}
                 if "constants.pkl" in names:
                     raise ValueError("it is a TorchScript program, which is refused")
+                if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                    raise ValueError("it is compressed, as torch.save never does")
                 if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
                     raise ValueError("its numbers are big-endian")
 
@@ -754,15 +812,19 @@ def _read_legacy(file, read, storages):
     then for each of these the number of its values and their bytes."""
     if read(file) != 0x1950a86a20f9469cfc6c or read(file) != 1001 or read(file)["little_endian"] is not True:
         raise ValueError("no torch.save file of a version known here")
-    size = os.fstat(file.fileno()).st_size
+    left = os.fstat(file.fileno()).st_size
 
     def storage(kind, *saved):
+        nonlocal left
         if kind == "module":  # a whole module's class beside its source
             return saved[0]
         dtype, key, _, count, view = saved
-        if not 0 <= count * dtype.itemsize <= size:
-            raise ValueError(f"it claims {count} values of {dtype}, and holds {size} bytes")
-        values = storages.setdefault(key, torch.zeros(count, dtype=dtype))
+        if key not in storages:
+            if not 0 <= count * dtype.itemsize <= left:
+                raise ValueError(f"it claims {count} values of {dtype}, and holds at most {left} bytes of them")
+            left -= count * dtype.itemsize
+            storages[key] = torch.zeros(count, dtype=dtype)
+        values = storages[key]
         return values[view[1]:view[1] + view[2]] if view else values
     content = read(file, storage=storage)
     for key in read(file):
@@ -855,7 +917,7 @@ def read_bvh(path):
     Rotation channels apply in the order they are listed (R = R_first R_second R_third); position channels, on any
     joint, replace that joint's OFFSET; end sites are joints `<parent>_end`. Raises InputError for anything else.
     """
-    text = _existing(path, "name a BVH file").read_bytes().decode("utf-8-sig", "replace")
+    text = _content(path, "name a BVH file").decode("utf-8-sig", "replace")
     lines = iter(enumerate(text.splitlines(), 1))
     names, parents, offsets, channels = _read_hierarchy(lines, path)
     values, seconds = _read_motion(lines, sum(map(len, channels)), path)

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import re
+import reprlib
 import sys
 import time
 from collections import deque
@@ -266,7 +267,26 @@ def _released_glagcn(path, state, recipe):
         **recipe, "skeleton": skeleton, "data": recipe["data"] or home, "channels": state["fc.weight"].shape[1]}
 
 
+class _Within(torch.utils._python_dispatch.TorchDispatchMode):
+    """Lets tensors be made up to so many values together, each counted as 100 at least for what Python keeps with it."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.left = values
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        shape = args[0] if args else None                                       # where a tensor is made of none
+        if isinstance(shape, (list, tuple)) and all(isinstance(n, int) for n in shape):
+            self.left -= max(100, math.prod(shape))
+            if self.left < 0:
+                raise ValueError("they are fewer than those of the network described")
+        return operation(*args, **(kwargs or {}))
+
+
 def _own(path, state, recipe):
+    first, inner, last = recipe.get("kernel_sizes") or (3, (3,), 3)
+    if math.prod(recipe.get("grid") or ()) * max(first, *inner, last) ** 2 > Path(path).stat().st_size // 16:
+        raise ValueError("its recipe has a larger grid than its weights")
     model = build_model(SimpleNamespace(**recipe))
     model.load_state_dict(state)
     return model, recipe
@@ -287,40 +307,43 @@ def load_model(path, **overrides):
     truncated or something else, and weights that do not fit are an InputError that names the file and the remedy.
     """
     content = data.read_torch(path, inert=True)
-    content = content if isinstance(content, dict) else {f"a {type(content).__name__}": None}
-    if content.get("format") == "poselift":
-        if content.get("version") != 1:
-            raise InputError(f"{path}: checkpoint version {content.get('version')}, this code reads version 1")
-        build, known, state = _own, content.get("recipe"), content.get("model")
-    elif "model_pos" in content:
-        build, known, state = _released_glagcn, _RELEASED_GLAGCN, content["model_pos"]
-    else:
-        build, known, state = _released_gridconv, _RELEASED_GRIDCONV, content.get("state_dict")
-    if not isinstance(known, dict) or not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
-        raise InputError(f"{path}: no checkpoint of this project, of GridConv's release or of GLA-GCN's: it holds "
-                         f"{', '.join(sorted(map(str, content))[:8]) or 'nothing'}")
-    known = {**_NOT_SAID, **known}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    unknown = sorted(set(overrides) - set(known))
-    if unknown:
-        raise InputError(f"{path}: its recipe has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    fixed = sorted(set(overrides) & {"padding", "grid", "filter_widths", "skeleton"}) if build is _own else []
-    if fixed:
-        raise InputError(f"{path}: its own recipe says its {', '.join(fixed)}; leave the option out")
-    broken = next((key for key, value in state.items() if not torch.isfinite(value).all()), None)
-    if broken:
-        raise InputError(f"{path}: {broken} has NaN or infinite weights; take another checkpoint, or train it again")
     try:
+        content = content if isinstance(content, dict) else {f"a {type(content).__name__}": None}
+        if content.get("format") == "poselift":
+            version = content.get("version")
+            if version != 1:
+                raise InputError(f"{path}: checkpoint version {reprlib.repr(version)}, this code reads version 1")
+            build, known, state = _own, content.get("recipe"), content.get("model")
+        elif "model_pos" in content:
+            build, known, state = _released_glagcn, _RELEASED_GLAGCN, content["model_pos"]
+        else:
+            build, known, state = _released_gridconv, _RELEASED_GRIDCONV, content.get("state_dict")
+        if not isinstance(known, dict) or not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+            raise InputError(f"{path}: no checkpoint of this project, of GridConv's release or of GLA-GCN's: it holds "
+                             f"{', '.join(sorted(map(str, content))[:8]) or 'nothing'}")
+        known = {**_NOT_SAID, **known}
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        unknown = sorted(set(overrides) - set(known))
+        if unknown:
+            raise InputError(f"{path}: its recipe has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        fixed = sorted(set(overrides) & {"padding", "grid", "filter_widths", "skeleton"}) if build is _own else []
+        if fixed:
+            raise InputError(f"{path}: its own recipe says its {', '.join(fixed)}; leave the option out")
+        broken = next((key for key, value in state.items() if not torch.isfinite(value).all()), None)
+        if broken:
+            raise InputError(f"{path}: {broken} has NaN or infinite weights; take another checkpoint, or train it again")
         state = {key.removeprefix("module."): value for key, value in state.items()}  # DataParallel's prefix
-        model, recipe = build(path, state, {name: _tuples(value) for name, value in {**known, **overrides}.items()})
+        with _Within(Path(path).stat().st_size):                                # a weight is 4 bytes of it, or 2
+            model, recipe = build(path, state, {name: _tuples(value) for name, value in {**known, **overrides}.items()})
         if content.get("temperature") is not None and "temperature" not in overrides:
             model.temperature = content["temperature"]  # that of the epoch, where the recipe anneals it
         if hasattr(model, "temperature") and not 0 < model.temperature < math.inf:
             raise ValueError(f"temperature {model.temperature:g}")
     except InputError:
         raise
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"no entry {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = f"no entry {reason}" if isinstance(error, KeyError) else reason
         raise InputError(f"{path}: weights and recipe do not fit: {reason}") from error
     model.recipe = SimpleNamespace(**recipe)
     model.epoch, model.trained_on = content.get("epoch"), content.get("data", "")

@@ -5150,6 +5150,9 @@ HOSTILE_PICKLES = {
     "bytes of a claimed length": crafted(b"\x8e" + struct.pack("<Q", 10 ** 12)),
     "a structure with fields of its own": crafted(*ARRAY, b"(K\x01)", ("numpy", "dtype"), b"U\x02V8\x89\x88\x87R",
                                                   b"(K\x03U\x01|NU\x01a\x85}U\x01a", *KIND, b"K\x00\x86sK\x08K\x01K\x00tb\x89U\x08AAAAAAAAtb"),
+    "a bytearray of a claimed length": crafted(b"\x96" + struct.pack("<Q", 300 << 20), b"x"),
+    "a text copied 400 times": crafted(b"](X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20) + b"q\x00",
+                                       *[("_codecs", "encode"), b"h\x00\x85R"] * 400, b"e"),
     "code": crafted(("os", "system"), b"U\x0etouch /tmp/own\x85R"),
 }
 
@@ -5176,6 +5179,20 @@ def torch_claiming(folder, legacy, count, size, stride):
     return path
 
 
+def legacy_file(path, body, keys=(), rest=b""):
+    start = b"".join(pickle.dumps(part, 2) for part in (0x1950a86a20f9469cfc6c, 1001, {"little_endian": True}))
+    path.write_bytes(start + body + pickle.dumps(list(keys), 2) + rest)
+    return path
+
+
+def npz_of_zeros(path, count, method=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, "w", method) as archive, archive.open("keypoints.npy", "w") as member:
+        member.write(npy_header((count,)))
+        for _ in range(count >> 18):
+            member.write(bytes(1 << 20))
+    return path
+
+
 def hostile_files(folder):
     """(what it is, loads it) of files that would run code, read foreign memory, or allocate what they only claim."""
     for what, body in HOSTILE_PICKLES.items():
@@ -5190,8 +5207,7 @@ def hostile_files(folder):
                 with zipfile.ZipFile(path, "w") as archive:
                     archive.writestr("a/data.pkl", body)
             else:
-                path.write_bytes(b"".join(pickle.dumps(part, 2) for part in (0x1950a86a20f9469cfc6c, 1001, {"little_endian": True})) + body
-                                 + pickle.dumps([], 2))
+                legacy_file(path, body)
             yield f"{what} ({kind})", lambda: data.read_npz(path) if "np" in kind else data.read_torch(path)
             if kind in ("zip", "legacy"):  # names it does not know are inert there
                 yield f"{what} ({kind}, inert)", lambda: evaluation.load_model(path)
@@ -5210,6 +5226,37 @@ def hostile_files(folder):
                              "a negative step": (b"K\x04", b"K\x04", b"J\xff\xff\xff\xff")}.items():
             path = torch_claiming(folder, legacy, *change)
             yield f"{what} that claims more than the file holds, {'legacy' if legacy else 'zip'}", lambda: data.read_torch(path)
+    many = [part for key in range(400) for part in (b"(U\x07storage", ("torch", "FloatStorage"), b"M%bU\x03cpuJ%bNtQ" % (
+        struct.pack("<H", key), struct.pack("<i", 250_000)))]
+    path = legacy_file(folder / "many.bin", crafted(b"](", *many, b"e"), rest=bytes(10 ** 6 + 10 ** 5))
+    yield "storages that together claim more than the file holds", lambda: data.read_torch(path)
+    for fields in ({"hidden": 1800}, {"hidden": 1, "blocks": 3000}, {"hidden": 1, "layout": "random", "grid": (200, 200)}):
+        path = folder / "network.pt"
+        torch.save({"format": "poselift", "version": 1, "recipe": {**vars(_ev_recipe()), **fields}, "model": {}}, path)
+        yield f"a recipe of {fields} without its weights", lambda: evaluation.load_model(path)
+    path = folder / "released.pt"
+    wide = {f"w1.{branch}_conv.weight": torch.zeros(1800, 2, 3, 3) for branch in ("donut", "tablet")}
+    torch.save({"state_dict": {**_ev_released_gridconv("vanilla"), **wide}}, path)
+    yield "a release's weights of which the first are wider", lambda: evaluation.load_model(path, padding=("zeros",) * 2)
+    path = npz_of_zeros(folder / "bomb.npz", 100 << 20)
+    yield "an archive that unpacks to 1,000 times its size", lambda: data.read_npz(path)
+    size = struct.pack("<I", (400 << 20) + len(npy_header((100 << 20,))))
+    assert size in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(size, struct.pack("<I", 1000)))
+    yield "an archive that unpacks to more than it says", lambda: data.read_npz(path)
+    path = npz_of_zeros(folder / "lzma.npz", 1 << 18, zipfile.ZIP_LZMA)
+    yield "an archive by a method that NumPy does not use", lambda: data.read_npz(path)
+    torch.save({"a": torch.zeros(1000)}, folder / "stored.pt")
+    path = folder / "deflated.pt"
+    with zipfile.ZipFile(folder / "stored.pt") as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in source.namelist():
+            archive.writestr(name, source.read(name))
+    yield "a compressed torch file", lambda: data.read_torch(path)
+    for kind, make in {"pipe": os.mkfifo, "endless": lambda path: path.symlink_to("/dev/zero")}.items():
+        for read in (data.read_json, data.read_npz, data.read_torch, data.read_bvh):
+            path = folder / f"{kind}.{read.__name__}{'.npy' * (read is data.read_npz)}"
+            make(path)
+            yield f"{kind} for {read.__name__}", lambda: read(path)
     path = folder / "deep.json"
     path.write_text("[" * 10 ** 6)
     yield "JSON nested a million deep", lambda: evaluation.read_keypoints(path)
@@ -5223,11 +5270,13 @@ def hostile_files(folder):
 def test_hostile_files_are_refused_without_effect(tmp_path, monkeypatch):
     """Each is loaded by a process of its own, whose end and peak memory are looked at."""
     monkeypatch.setattr(os, "system", lambda *_: (tmp_path / "ran").write_text("code"))
-    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    mapped, resident = (lambda at=at: int(Path("/proc/self/statm").read_text().split()[at]) * os.sysconf("SC_PAGE_SIZE") for at in (0, 1))
     tried = 0
     for what, load in hostile_files(tmp_path):
         child = os.fork()
         if not child:
+            signal.alarm(60)
+            resource.setrlimit(resource.RLIMIT_AS, (mapped() + 2 ** 30,) * 2)
             try:
                 load()
             except InputError as error:
@@ -5241,6 +5290,66 @@ def test_hostile_files_are_refused_without_effect(tmp_path, monkeypatch):
         assert used.ru_maxrss * 1024 < resident() + 2 ** 27, (what, used.ru_maxrss)
         tried += 1
     assert tried > 50 and not (tmp_path / "ran").exists()
+
+
+def zip_file(path, body):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", body)
+        archive.writestr("a/data/0", b"")
+    return path
+
+
+def test_hostile_pickles_change_neither_tensors_nor_the_reader(tmp_path):
+    """A tensor's own state could make it any size; a function's attributes are its defaults."""
+    def tensor(legacy):  # of no value
+        return (("torch._utils", "_rebuild_tensor"), b"((U\x07storage", ("torch", "FloatStorage"), b"U\x010U\x03cpuK\x00", b"N" * legacy,
+                b"tQK\x00K\x00\x85K\x01\x85tR")
+
+    for legacy in (True, False):
+        resized = *tensor(legacy), b"(", *tensor(legacy), b"K\x00J" + struct.pack("<i", 10 ** 6) + b"\x85K\x01\x85tb"
+        for what, parts in {"Tensor": resized, "partial": (("_codecs", "encode"), b"N}X\x0c\x00\x00\x00__defaults__)s\x86b"),
+                            "type": (("a", "B"), b"N}U\x06appendNs\x86b")}.items():
+            path = legacy_file(tmp_path / "a.bin", crafted(*parts), "0", bytes(8)) if legacy else zip_file(tmp_path / "a.pt", crafted(*parts))
+            with pytest.raises(InputError, match=f"changes a {what}, which is refused"):
+                data.read_torch(path, inert=True)
+    assert data._latin1("\xe9") == b"\xe9" and data._latin1.__defaults__ == ("latin1",)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_damaged_checkpoints_dictionaries_keep_their_methods(legacy, tmp_path):
+    model = evaluation.build_model(_ev_recipe())
+    state, content = OrderedDict(model.state_dict()), OrderedDict(format="poselift", version=1, recipe=vars(model.recipe))
+    for one in (state, content):
+        one.values = one.get = 5
+    content["model"] = state
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+    assert vars(data.read_torch(tmp_path / "a.pt", inert=True)) == {}
+    x = torch.randn(2, 17, 2)
+    assert torch.equal(evaluation.load_model(tmp_path / "a.pt")(x), model.eval()(x))
+    for field, value in (("version", 1 << 10 ** 5), ("version", torch.ones(2)), ("format", np.ones(2)), (1 << 10 ** 5, 0), ("recipe", {1: 2})):
+        torch.save({"format": "poselift", field: value}, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(InputError, match="a.pt"):
+            evaluation.load_model(tmp_path / "a.pt")
+
+
+def test_what_is_not_a_file_or_too_large_is_one_clear_line_of_reading(tmp_path, monkeypatch, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    for path, says in ((tmp_path / "pipe", "not a regular file"), (Path("/dev/zero"), "not a regular file"), (tmp_path, "Is a directory")):
+        for read in (data.read_json, data.read_npz, data.read_torch, data.read_bvh):
+            with pytest.raises(InputError, match=f"{path}.*{says}"):
+                read(path)
+
+    def full(*_):
+        raise MemoryError
+
+    (tmp_path / "a.npy").write_text("[]")
+    monkeypatch.setattr(Path, "read_bytes", full)
+    for read in (data.read_json, data.read_npz, data.read_bvh):
+        with pytest.raises(InputError, match="a.npy.*(memory|MemoryError)"):
+            read(tmp_path / "a.npy")
+    with pytest.raises(SystemExit, match="2"):
+        data.run(full)
+    assert capsys.readouterr().err == "error: not enough memory\n"
 
 
 # ---- nothing lost: NaN, determinism, long runs, scale
