@@ -10,6 +10,11 @@
     result = evaluate(model, store)                          # result["mpjpe"], result["actions"]["Walking"]["p_mpjpe"]
     poses = lift(model, read_keypoints("detections.json")[0].keypoints, (1920, 1080))
 """
+if __name__ == "__main__":  # torch takes seconds to import: until data.run, Ctrl-C ends them without a traceback
+    import os
+    import signal
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import json
 import math

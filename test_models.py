@@ -4955,6 +4955,24 @@ def test_signals_end_the_embedded_default_within_five_seconds(tmp_path, recipe):
         assert run.wait() in (status, 0) and time.monotonic() - asked < 5, (trial, time.monotonic() - asked)
 
 
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "data.py"])
+def test_a_signal_while_torch_is_imported_ends_quietly(tmp_path, script):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
+    done = subprocess.run([sys.executable, str(HERE / script), "--help"], capture_output=True, text=True, timeout=30,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_a_command_has_pythons_own_handler_of_signals():
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            data.run(lambda: signal.raise_signal(signal.SIGINT))
+        assert stopped.value.code == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 # ---- nothing lost: numbers
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(small_run, run_folder, monkeypatch):

@@ -14,6 +14,10 @@ A run's folder holds last.pt (the whole state: continue by giving the same comma
 it), best.pt (the weights of the epoch that was best on the test set), log.csv and result.json, with matplotlib also
 curves.png. Same recipe, seed, machine and number of threads: same numbers, bit for bit on the CPU, interrupted or not.
 """
+if __name__ == "__main__":  # torch takes seconds to import: until data.run, Ctrl-C ends them without a traceback
+    import os
+    import signal
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import concurrent.futures
