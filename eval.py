@@ -16,6 +16,7 @@ if __name__ == "__main__":  # torch takes seconds to import: until data.run, Ctr
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
+import io
 import json
 import math
 import re
@@ -1243,7 +1244,9 @@ def export(model, path):
         raise InputError(f"{path}: not written: the exported model differs from the original by {worst:.2g}")
     about = {"input": ["batch", *shape], "normalise": model.recipe.normalise, "target": model.recipe.target,
              "causal": getattr(model, "causal", False), "joints": data.SKELETONS[model.recipe.skeleton].joints}
-    data.write_atomically(path, lambda file: torch.export.save(program, file, extra_files={"poselift.json": json.dumps(about)}))
+    content = io.BytesIO()                                                      # on a full disk torch's writer aborts
+    torch.export.save(program, content, extra_files={"poselift.json": json.dumps(about)})
+    data.write_atomically(path, lambda file: file.write(content.getbuffer()))
     return worst
 
 

@@ -3995,6 +3995,18 @@ def test_exported_models_are_the_originals_for_any_batch(fields, tmp_path, capsy
         evaluation.main(["export", str(tmp_path / "m.pt"), "--out", "m.onnx"])
 
 
+def test_an_export_to_a_full_disk_is_one_line(tmp_path):
+    _ev_save(_ev_shake(evaluation.build_model(_ev_recipe())), tmp_path / "m.pt")
+    kept = tmp_path / "kept.pt2"
+    kept.write_text("what stood there")
+    room = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))      # writing more fails, as on a full disk
+    done = subprocess.run([sys.executable, evaluation.__file__, "export", str(tmp_path / "m.pt"), "--out", str(kept)],
+                          capture_output=True, text=True, preexec_fn=room, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {kept}: cannot be written (File too large)")
+    assert kept.read_text() == "what stood there"
+
+
 def test_an_export_that_differs_is_not_written(tmp_path, monkeypatch):
     model = _ev_shake(evaluation.build_model(_ev_recipe()))
     wrong = SimpleNamespace(module=lambda: lambda x: model(x) + 1e-3)
