@@ -4457,6 +4457,14 @@ def test_a_folder_serves_one_run_at_a_time(run_folder):
         train.train(tiny_recipe(), out=run_folder / "file" / "run", quiet=True)
 
 
+def test_a_file_named_lock_keeps_its_content(run_folder):
+    (run_folder / "notes").write_text("mine")
+    (run_folder / "lock").symlink_to("notes")
+    with train.locked(run_folder):
+        pass
+    assert (run_folder / "notes").read_text() == "mine"
+
+
 def test_options_become_recipe_fields():
     assert train.parse_value("3,3:3,1", ()) == (3, (3, 3), 1)
     assert train.parse_value("circular,replicate:circular", ()) == ("circular", ("replicate", "circular"))

@@ -620,7 +620,7 @@ def locked(out):
     last, previous = Path(out) / "last.pt", Path(out) / "previous.pt"
     try:
         last.parent.mkdir(parents=True, exist_ok=True)
-        file = open(Path(out) / "lock", "w")
+        file = open(Path(out) / "lock", "a")  # a file of the user's keeps its content
     except OSError as error:
         raise InputError(f"{out}: cannot make the output folder: {error.strerror}; choose another --out") from None
     with file:
