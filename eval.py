@@ -1278,8 +1278,8 @@ def pick_device(name=None):
     """The device of that name, by default CUDA where there is one; an unusable one is an InputError."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-    except (AssertionError, RuntimeError) as error:
+        torch.zeros(1, device=device).cpu()                                     # meta has no numbers to give back
+    except (AssertionError, ImportError, RuntimeError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
 

@@ -4474,13 +4474,27 @@ def test_options_become_recipe_fields():
             train.parse_value(text, default)
 
 
+def test_a_switch_of_a_recipe_needs_no_value():
+    parser = data.Parser()
+    train.add_recipe_options(parser)
+    recipe = lambda *argv: train.with_options(train.Recipe(), parser.parse_args(argv))
+    for field in (field.name for field in dataclasses.fields(train.Recipe) if field.default is False):
+        option = "--" + field.replace("_", "-")
+        given = [getattr(recipe(*argv), field) for argv in ((), (option,), (option, "true"), (option, "no"))]
+        assert given == [False, True, True, False]
+    with pytest.raises(InputError, match="--hidden: expected one argument"):
+        recipe("--hidden")
+
+
 @pytest.mark.parametrize("arguments, says", [
     (["nothing"], "nothing"), ([], "recipe"), (["gridconv-mocap"], "data"), (["gridconv-gt", "--data", "nowhere"], "nowhere"),
     (["gridconv-synthetic", "--epochs", "x"], "--epochs"), (["gridconv-synthetic", "--padding", "mirror"], "mirror"),
     (["gridconv-synthetic", "--layout", "spiral"], "spiral"), (["glagcn-synthetic", "--filter-widths", "3,2"], "2"),
     (["glagcn-synthetic", "--unshared-weight", "1.5"], "1.5"), (["ablate", "table-9"], "table-9"), (["report", "none"], "none"),
     (["gridconv-synthetic", "--out", "/proc/none"], "/proc/none"), (["gridconv-synthetic", "--grid", "4,4"], "4 x 4"),
-    (["gridconv-synthetic", "--device", "abacus"], "abacus"), (["gridconv-synthetic", "--batch", "1"], "batch"),
+    (["gridconv-synthetic", "--device", "abacus"], "abacus"), (["gridconv-synthetic", "--device", "meta"], "--device meta"),
+    (["gridconv-synthetic", "--device", "hpu"], "--device hpu"), (["gridconv-synthetic", "--out", ""], "--out: empty"),
+    (["gridconv-synthetic", "--data", ""], "--data: empty"), (["gridconv-synthetic", "--batch", "1"], "batch"),
     (["gridconv-synthetic", "--epochs", "-1"], "epochs"), (["gridconv-synthetic", "--loss", "l3"], "l3"),
     (["gridconv-synthetic", "--schedule", "linear"], "linear"), (["glagcn-synthetic", "--loss", "grid"], "grid"),
     (["glagcn-synthetic", "--causal", "true", "--reconstruct", "true"], "causal"),

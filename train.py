@@ -1108,8 +1108,10 @@ def add_recipe_options(parser):
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Recipe), re.M))
     for field in dataclasses.fields(Recipe):
         if field.name not in ("name", "row", "ours", "weights") and not field.name.startswith("paper"):
-            parser.add_argument("--dataset" if field.name == "data" else "--" + field.name.replace("_", "-"), metavar="VALUE",
-                                dest="field_" + field.name, help=comments.get(field.name, "").replace("%", "%%") or None)
+            switch = dict(nargs="?", const="true") if isinstance(field.default, bool) else {}  # --flips is --flips true
+            parser.add_argument("--dataset" if field.name == "data" else "--" + field.name.replace("_", "-"), **switch,
+                                metavar="VALUE", dest="field_" + field.name,
+                                help=comments.get(field.name, "").replace("%", "%%") or None)
 
 
 GRIDS, GLA = ("gridconv", "gridconv-temporal"), ("glagcn",)
@@ -1657,6 +1659,9 @@ def main(argv=None):
         if value != parser.get_default(name) and not fits:
             option = value if name == "what" else "--" + name.removeprefix("field_").replace("_", "-")
             raise InputError(f"{option} does not go with {command or 'no recipe'}")
+    for name in ("data", "out"):
+        if getattr(args, name) == "":  # an unset variable of a shell's, say
+            raise InputError(f"--{name}: empty; name a folder, or leave the option out")
     if args.list:
         list_recipes(args.data, args.device)
     elif args.recipe == "report":
