@@ -987,20 +987,21 @@ def tell_joints(keypoints):
     most, the leg 0.40 at least. Here COCO is below 0.25, Human3.6M above 0.35.
     """
     xy = np.asarray(keypoints, float)[..., :2]
-    xy = xy[np.isfinite(xy).all((1, 2)) & (xy != 0).any(2).all(1)] if xy.shape[1] == 17 else xy[:0]
+    xy = xy[_seen(xy).all(1)] if xy.shape[1] == 17 else xy[:0]
     diagonal = lambda points: np.linalg.norm(np.ptp(points, 1), axis=-1)
     part = np.median(diagonal(xy[:, :5]) / np.maximum(diagonal(xy), 1e-9)) if len(xy) else 0.3
     return "coco" if part < 0.25 else "h36m" if part > 0.35 else None
 
 
 def _seen(points, min_score=0.0):
-    """Which of the points (..., 2|3) were detected; (0, 0) is how files without scores say that one was not."""
+    """Which of the points (..., 2|3) were detected; (0, 0) is how files without scores say that one was not, and what lies
+    beyond a million pixels is a detector's slip."""
     xy = points[..., :2]
-    return np.isfinite(xy).all(-1) & (xy != 0).any(-1) & ((points[..., 2:] > min_score).all(-1))
+    return (np.abs(xy) <= 1e6).all(-1) & (xy != 0).any(-1) & ((points[..., 2:] > min_score).all(-1))
 
 
 def _pixels(keypoints, joints=None, min_score=0.0):
-    """Keypoints (T, J, 2|3) as (xy (T, 17, 2), NaN where missing, "coco" or "h36m"); see `prepare`."""
+    """Keypoints (T, J, 2|3) as (xy (T, 17, 2), NaN where missing; "coco", "h36m" or None: not clear); see `prepare`."""
     points = np.asarray(keypoints, float)
     if points.ndim != 3 or points.shape[2] not in (2, 3) or not len(points):
         raise InputError(f"keypoints of shape {points.shape}: expected (frames, joints, 2 or 3), x, y and score in pixels")
@@ -1009,16 +1010,12 @@ def _pixels(keypoints, joints=None, min_score=0.0):
                          "them) or Human3.6M's 17")
     xy, seen = points[:, :17, :2].copy(), _seen(points[:, :17], min_score)
     xy[~seen] = np.nan
-    if not seen.any():
-        raise InputError(f"keypoints: no joint has a score above {min_score:g} in any frame")
-    if np.nanmax(np.abs(xy)) > 1e6:
-        raise InputError(f"keypoints: {np.nanmax(np.abs(xy)):.2g} is no position in pixels")
+    return xy, joints or ("coco" if points.shape[1] > 17 else tell_joints(xy))
+
+
+def _check_unit(xy):
     if np.nanmax(np.abs(xy)) <= 2:
         raise InputError(f"keypoints: none beyond {np.nanmax(np.abs(xy)):.2g}; expected pixels, not parts of the image's size")
-    joints = joints or ("coco" if points.shape[1] > 17 else tell_joints(xy))
-    if joints is None:
-        raise InputError("keypoints: the 17 joints may be COCO's or Human3.6M's; give --joints coco or --joints h36m")
-    return xy, joints
 
 
 def _fill(xy, joints):
@@ -1041,11 +1038,17 @@ def prepare(keypoints, joints=None, min_score=0.0):
     """A person's keypoints (T, J, 2|3), pixels and score, as models take them: (pose_2d (T, 17, 2) pixels, Human3.6M's joints,
     interpolated (T, 17) bool).
 
-    `joints`: "coco" or "h36m", by default told apart (`tell_joints`). A joint that is NaN, at (0, 0) or not above `min_score`
-    is missing and interpolated in time; a Human3.6M joint counts as interpolated if any COCO joint that it is made of was.
-    InputError: another shape, layout or unit, a joint that no frame has.
+    `joints`: "coco" or "h36m", by default told apart (`tell_joints`). A joint that is NaN, at (0, 0), beyond 1e6 pixels or
+    not above `min_score` is missing and interpolated in time; a Human3.6M joint counts as interpolated if any COCO joint
+    that it is made of was. InputError: another shape, layout or unit, a joint that no frame has.
     """
     xy, joints = _pixels(keypoints, joints, min_score)
+    if np.isnan(xy).all():
+        raise InputError(f"keypoints: no joint has a score above {min_score:g} and a position within a million pixels "
+                         "in any frame")
+    _check_unit(xy)
+    if joints is None:
+        raise InputError("keypoints: the 17 joints may be COCO's or Human3.6M's; give --joints coco or --joints h36m")
     return TO_H36M[joints] @ _fill(xy, joints), np.isnan(xy[..., 0]) @ (TO_H36M[joints] != 0).T
 
 
@@ -1104,22 +1107,31 @@ class Lifter:
     first `delay`; flush() ends the video with the poses (n, 17, 3) still owed. Together they are `lift`'s.
 
     `delay` is half the model's window, 0 for causal and single-frame models. A missing joint, or everyone, stays where it was
-    last, as what comes next is not known; before anyone was seen there are no frames. The model is put into evaluation mode.
-    Arguments and errors as `lift`.
+    last, as what comes next is not known; before every joint was seen, and where `joints` is not given one whole frame that
+    tells them, there are no frames. The model is put into evaluation mode. Arguments and errors as `lift`.
     """
 
     def __init__(self, model, size, joints=None, flip=None):
         self.model, self.size, self.joints, self.rule = model.eval(), size, joints, _rule(model, size)
         self.flip, T = model.recipe.flip_test if flip is None else flip, model.receptive_field
         self.delay = 0 if getattr(model, "causal", False) else T // 2
-        self.window, self.count, self.last = deque(maxlen=T), 0, np.empty((0, 17, 2))
+        self.window, self.count, self.last = deque(maxlen=T), 0, np.full((1, 17, 2), np.nan)
 
     def __call__(self, keypoints):
-        if not _seen(np.asarray(keypoints, float)).any():
+        points = np.asarray(keypoints, float)
+        if not _seen(points[:17]).any():
             return self._push(self.window[-1]) if self.window else None
-        xy, self.joints = _pixels(np.asarray(keypoints)[None], self.joints)
-        self.last = _fill(np.concatenate((self.last, xy)), self.joints)[-1:]
-        return self._push(data.normalise(TO_H36M[self.joints] @ self.last[0], self.size, self.rule))
+        xy, self.joints = _pixels(points[None], self.joints)
+        self.last = np.where(np.isnan(xy), self.last, xy)                       # NaN: never seen
+        if self.joints is None:
+            return None
+        try:
+            whole = _fill(self.last, self.joints)[0]
+        except InputError:
+            return None
+        if not self.window:                                                     # later a lone joint may be in the corner
+            _check_unit(whole)
+        return self._push(data.normalise(TO_H36M[self.joints] @ whole, self.size, self.rule))
 
     @torch.no_grad()
     def _push(self, frame):
@@ -1133,7 +1145,7 @@ class Lifter:
     def flush(self):
         poses = [self._push(self.window[-1]) for _ in range(self.delay if self.count else 0)]
         self.window.clear()
-        self.count, self.last = 0, self.last[:0]
+        self.count, self.last = 0, np.full_like(self.last, np.nan)
         return np.reshape([pose for pose in poses if pose is not None], (-1, 17, 3))
 
 

@@ -4112,6 +4112,43 @@ def test_lifter_goes_on_where_nobody_is_seen():
     assert np.array_equal(poses[3], poses[2]) and np.array_equal(poses[4], poses[2]) and not np.array_equal(poses[5], poses[2])
 
 
+def test_lifter_gives_no_pose_before_every_joint_was_seen():
+    model, size, body = _ev_shake(evaluation.build_model(_ev_recipe())), (1920, 1080), _kp_body(8)
+    late = body.copy()
+    late[0, [15, 16]] = np.nan                                                  # one ankle comes in frame 1, the other in 2
+    late[1, 16], late[2, 15] = 0, 0
+    for joints in ("coco", None):
+        lifter = evaluation.Lifter(model, size, joints)
+        poses = [lifter(frame) for frame in late]
+        told = 2 if joints else 3                                               # by the first whole frame, where not given
+        assert [pose is None for pose in poses] == [t < told for t in range(8)]
+        held = body.copy()
+        held[2, 15] = body[1, 15]
+        assert np.abs(np.array(poses[told:]) - evaluation.lift(model, held, size)[told:]).max() < 1e-5
+    unclear = body[[0] * 8]
+    unclear[:, 4] += 70                                                         # unclear: see the test of layouts
+    assert [evaluation.Lifter(model, size)(frame) for frame in unclear] == [None] * 8
+    with pytest.raises(InputError, match="expected pixels"):
+        evaluation.Lifter(model, size)(body[0] / 1920)
+    assert evaluation.Lifter(model, size)(np.ones((26, 3)) * (np.arange(26) > 16)[:, None] * 50) is None  # feet alone
+
+
+def test_joints_that_cannot_be_where_they_are_said_to_be_are_missing():
+    model, size, body = _ev_shake(evaluation.build_model(_ev_recipe())), (1920, 1080), _kp_body(6)
+    far, gaps = body.copy(), body.copy()
+    far[2, 9], far[3, 9], gaps[2:4, 9] = (1e7, 300), (300, -np.inf), np.nan
+    assert np.array_equal(evaluation.prepare(far)[0], evaluation.prepare(gaps)[0])
+    assert evaluation.prepare(far)[1].sum() == 2 and evaluation.tell_joints(far[2:4]) is None
+    lifters = evaluation.Lifter(model, size, "coco"), evaluation.Lifter(model, size, "coco")
+    for a, b in zip(far, gaps):
+        assert np.array_equal(lifters[0](a), lifters[1](b))
+    corner = np.full((17, 2), np.nan)
+    corner[9] = 1.5, 1.2                                                        # in pixels, as all before were
+    assert np.abs(lifters[0](corner) - lifters[1](body[5])).max() > 1e-5
+    corner[9] = 1e7
+    assert np.array_equal(lifters[1](corner), lifters[1](np.full((17, 2), np.nan)))
+
+
 def test_a_recipe_of_lists_within_lists_is_refused(tmp_path):
     bomb = ["circular", "replicate"]
     for _ in range(60):
