@@ -1226,8 +1226,9 @@ def plot_poses(path, pose_2d, poses, truth=None, fps=30.0, frames=None, columns=
         figure.canvas.draw()
         figure.set_layout_engine("none")                                       # laid out once
         images.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()).quantize(32))
+    shown_for = min(1000 * step / fps, 655350)                                  # ms, which a GIF counts in 16 bits of 10 ms
     data.write_atomically(path, lambda file: images[0].save(
-        file, "GIF", save_all=True, append_images=images[1:], duration=1000 * step / fps, loop=0))
+        file, "GIF", save_all=True, append_images=images[1:], duration=shown_for, loop=0))
 
 
 def plot_curves(folder):

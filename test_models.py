@@ -4063,6 +4063,14 @@ def test_a_video_looked_at_every_second_frame_keeps_its_time(kp_checkpoint, tmp_
         np.testing.assert_allclose(out["keypoints"], evaluation.one_euro(clean / 960, 10.0) * 960, rtol=1e-6)
 
 
+def test_an_animation_of_sparse_frames_shows_each_as_long_as_a_gif_can(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    evaluation.plot_poses(tmp_path / "a.gif", evaluation.prepare(_kp_body(2))[0], np.ones((2, 17, 3)), fps=0.001)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.info["duration"] == 655350                                   # a 16-bit count of hundredths of a second
+
+
 def test_equal_axes_and_one_scale():
     pytest.importorskip("matplotlib")
     kept, original = [], evaluation._figure
