@@ -853,6 +853,9 @@ class Track:
     joints: str | None = None
     step: int = 1
 
+    def __post_init__(self):
+        self.person = " ".join(self.person.split())                             # it is printed, in one line
+
 
 def coco_to_h36m(p):
     """COCO-17 (17, C) to Human3.6M-17 (17, C); every joint is a weighted mean, so no direction in the image is special.
@@ -926,17 +929,30 @@ def _detection(item):
     if points.shape[1] == 2:                                                    # MMPose: pairs, their scores beside them
         points = np.column_stack((points, np.array(item.get("keypoint_scores", np.ones(len(points))), float)))
     person = next((item[k] for k in ("track_id", "idx", "person_id", "instance_id") if item.get(k) is not None), None)
-    if not isinstance(person, (str, type(None))):
-        number = np.ravel(person)[0].item()
-        person = str(int(number) if float(number).is_integer() else number)
+    while isinstance(person, list) and person:                                  # AlphaPose writes [7.0]
+        person = person[0]
+    if not isinstance(person, (str, int, float, type(None))):
+        raise ValueError(f"a person's id is {str(person)[:40]}; expected a number or a word")
+    if person is not None:
+        person = str(int(person) if isinstance(person, float) and person.is_integer() else person)
+        if len(person) > 100:
+            raise ValueError(f"a person's id has {len(person)} characters; expected at most 100")
     score = item.get("score")
     return person, float(np.mean(points[:, 2]) if score is None else score), points
+
+
+def _frame(image):
+    """The frame number in an image_id: a file name's last number; ValueError where it has none."""
+    numbers = re.findall(r"\d+", Path(image).stem) if isinstance(image, str) else [image]
+    if not numbers:
+        raise ValueError(f"image_id {image!r} has no number")
+    return int(numbers[-1])
 
 
 def _read_json(path, _):
     content = data.read_json(path, "name a file of keypoints")
     about = content if isinstance(content, dict) else {}
-    people, shapes, number, crowded = {}, set(), 0, set()                       # people: {person: {frame: (score, points)}}
+    people, images, shapes, number, crowded = {}, {}, set(), 0, set()           # people: {person: {frame: (score, points)}}
     try:
         places = {image["id"]: place for place, image in enumerate(about.get("images", ()))}
         sizes = {(float(image["width"]), float(image["height"])) for image in about.get("images", ()) if image.get("width")}
@@ -946,8 +962,10 @@ def _read_json(path, _):
                 if "annotations" in about and "keypoints" not in item:  # another kind of thing than a person
                     continue
                 image = item.get("image_id", entry.get("frame_id", 0))
-                frame = places[image] if places else int(
-                    re.findall(r"\d+", Path(image).stem)[-1] if isinstance(image, str) else image)
+                frame = places[image] if places else _frame(image)
+                if images.setdefault(frame, image) != image:                    # as img0_cam3.jpg and img1_cam3.jpg
+                    raise ValueError(f"image_id {image!r} and {images[frame]!r} are both frame {frame} by their last number, "
+                                     "which must count frames")
                 person, score, points = _detection(item)
                 found = people.setdefault(person, {})
                 shapes.add(points.shape)
