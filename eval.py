@@ -1455,6 +1455,10 @@ def lift_command(argv):
     for path in (args.out, *args.plot):
         if any(given and Path(path).resolve() == Path(given).resolve() for given in (args.keypoints, args.truth, args.checkpoint)):
             raise InputError(f"{path}: would overwrite what is read; choose another --out or --plot")
+    truth = None
+    if args.truth:
+        truth = data._poses(next(iter(data.read_npz(args.truth).values()), None), args.truth, (3,)).astype(float)
+        data._check_finite(truth, args.truth)
     everyone, rows = read_keypoints(args.keypoints), []
     tracks = [track for track in everyone if args.person in (None, track.person)]
     if not tracks:
@@ -1468,6 +1472,8 @@ def lift_command(argv):
                 raise InputError(f"{args.keypoints}: person {track.person}: {error}") from None
             print(f"warning: person {track.person} left out: {error}", file=sys.stderr)
     skeleton, longest = data.SKELETONS["h36m17"], max(rows, key=lambda row: len(row["poses"]))
+    if truth is not None and truth.shape != longest["poses"].shape:
+        raise InputError(f"{args.truth}: poses {truth.shape}, lifted were {longest['poses'].shape}")
     result = {**{key: np.concatenate([row[key] for row in rows]) for key in longest}, "fps": np.array(args.fps), "joints":
               np.array(skeleton.joints), "edges": np.array(skeleton.edges), "source": np.array(
                   f"{args.keypoints} by {args.checkpoint} ({model.recipe.name})")}
@@ -1476,11 +1482,7 @@ def lift_command(argv):
     data.write_atomically(args.out, lambda file: np.savez_compressed(file, **result) if args.out.lower().endswith(".npz") else
                           file.write(text().encode()))
     print(f"{len(result['poses'])} poses -> {args.out}")
-    truth = None
     if args.truth:
-        truth = next(iter(data.read_npz(args.truth).values()), np.empty(0))
-        if truth.shape != longest["poses"].shape:
-            raise InputError(f"{args.truth}: poses {truth.shape}, lifted were {longest['poses'].shape}")
         errors = [metric(torch.tensor(longest["poses"]), torch.tensor(truth)) for metric in (mpjpe, p_mpjpe)]
         print("against {}: MPJPE {:.1f} mm, P-MPJPE {:.1f} mm".format(args.truth, *errors))
     for path in args.plot:

@@ -3955,6 +3955,35 @@ def test_lift_command_bad_input_is_one_line(content, options, said, kp_checkpoin
     assert "\n" not in str(caught.value) and not (tmp_path / "poses.npz").exists()
 
 
+def test_a_persons_id_is_printed_in_one_line(kp_checkpoint, tmp_path, capsys):
+    entries = _kp_list(BODY, track_id="Ann\n\tBee") + _kp_list(BODY + 300, track_id=[[7.0]])
+    evaluation.main(["lift", str(kp_checkpoint), "--keypoints", str(_kp_json(tmp_path / "k.json", entries)),
+                     "--size", "1920", "1080", "--out", str(tmp_path / "p.npz")])
+    assert "person Ann Bee: 3 frames; interpolated: 0" in capsys.readouterr().out
+    assert data.read_npz(tmp_path / "p.npz")["person"].tolist() == ["Ann Bee"] * 3 + ["7"] * 3
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda truth: truth.astype(">f8"), None), (lambda truth: truth.astype(str), "type <U32; expected numbers"),
+    (lambda truth: truth.astype(complex), "type complex128"), (lambda truth: truth.astype(object), "type object"),
+    (lambda truth: truth.astype("datetime64[s]"), "datetime64"), (lambda truth: truth[0], r"shape \(17, 3\)"),
+    (lambda truth: truth * np.where(np.arange(3) == 1, np.nan, 1)[:, None, None], "frame 1: NaN"),
+    (lambda truth: truth[:2], r"poses \(2, 17, 3\), lifted were \(3, 17, 3\)")])
+def test_truth_is_numbers_or_nothing_is_written(change, said, kp_checkpoint, tmp_path, capsys):
+    np.save(tmp_path / "k.npy", BODY)
+    poses = evaluation.lift(evaluation.load_model(kp_checkpoint), BODY, (1920, 1080))
+    np.save(tmp_path / "truth.npy", change(poses + np.float32([0.003, 0, 0.004])))
+    run = lambda: evaluation.main(["lift", str(kp_checkpoint), "--keypoints", str(tmp_path / "k.npy"), "--size", "1920",
+                                   "1080", "--out", str(tmp_path / "p.npz"), "--truth", str(tmp_path / "truth.npy")])
+    if said is None:
+        run()
+        assert "MPJPE 5.0 mm" in capsys.readouterr().out
+    else:
+        with pytest.raises(InputError, match=f"truth.npy.*{said}"):
+            run()
+        assert not (tmp_path / "p.npz").exists()
+
+
 def test_lift_command_more_bad_input(kp_checkpoint, tmp_path):
     def run(*arguments):
         done = subprocess.run([sys.executable, evaluation.__file__, "lift", *map(str, arguments)], capture_output=True, text=True,
