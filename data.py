@@ -8,6 +8,11 @@ Every loader returns a list of `Sequence`: 2D in pixels, 3D root-relative in the
 holds such a list once on the device and gathers batches by index. Files with pickled objects are read by an unpickler
 that admits arrays, numbers, strings and plain containers and refuses everything else by name.
 """
+if __name__ == "__main__":  # torch takes seconds to import: until data.run, Ctrl-C ends them without a traceback
+    import os
+    import signal
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import collections
 import functools
@@ -19,6 +24,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -57,6 +63,7 @@ def run(main):
     their traceback.
     """
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as it was before the imports
         main()
     except KeyboardInterrupt:
         sys.exit(130)

@@ -10,7 +10,13 @@
     result = evaluate(model, store)                          # result["mpjpe"], result["actions"]["Walking"]["p_mpjpe"]
     poses = lift(model, read_keypoints("detections.json")[0].keypoints, (1920, 1080))
 """
+if __name__ == "__main__":  # torch takes seconds to import: until data.run, Ctrl-C ends them without a traceback
+    import os
+    import signal
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
+import io
 import json
 import math
 import re
@@ -870,6 +876,9 @@ class Track:
     joints: str | None = None
     step: int = 1
 
+    def __post_init__(self):
+        self.person = " ".join(self.person.split())                             # it is printed, in one line
+
 
 def coco_to_h36m(p):
     """COCO-17 (17, C) to Human3.6M-17 (17, C); every joint is a weighted mean, so no direction in the image is special.
@@ -943,17 +952,30 @@ def _detection(item):
     if points.shape[1] == 2:                                                    # MMPose: pairs, their scores beside them
         points = np.column_stack((points, np.array(item.get("keypoint_scores", np.ones(len(points))), float)))
     person = next((item[k] for k in ("track_id", "idx", "person_id", "instance_id") if item.get(k) is not None), None)
-    if not isinstance(person, (str, type(None))):
-        number = np.ravel(person)[0].item()
-        person = str(int(number) if float(number).is_integer() else number)
+    while isinstance(person, list) and person:                                  # AlphaPose writes [7.0]
+        person = person[0]
+    if not isinstance(person, (str, int, float, type(None))):
+        raise ValueError(f"a person's id is {str(person)[:40]}; expected a number or a word")
+    if person is not None:
+        person = str(int(person) if isinstance(person, float) and person.is_integer() else person)
+        if len(person) > 100:
+            raise ValueError(f"a person's id has {len(person)} characters; expected at most 100")
     score = item.get("score")
     return person, float(np.mean(points[:, 2]) if score is None else score), points
+
+
+def _frame(image):
+    """The frame number in an image_id: a file name's last number; ValueError where it has none."""
+    numbers = re.findall(r"\d+", Path(image).stem) if isinstance(image, str) else [image]
+    if not numbers:
+        raise ValueError(f"image_id {image!r} has no number")
+    return int(numbers[-1])
 
 
 def _read_json(path, _):
     content = data.read_json(path, "name a file of keypoints")
     about = content if isinstance(content, dict) else {}
-    people, shapes, number, crowded = {}, set(), 0, set()                       # people: {person: {frame: (score, points)}}
+    people, images, shapes, number, crowded = {}, {}, set(), 0, set()           # people: {person: {frame: (score, points)}}
     try:
         places = {image["id"]: place for place, image in enumerate(about.get("images", ()))}
         sizes = {(float(image["width"]), float(image["height"])) for image in about.get("images", ()) if image.get("width")}
@@ -963,8 +985,10 @@ def _read_json(path, _):
                 if "annotations" in about and "keypoints" not in item:  # another kind of thing than a person
                     continue
                 image = item.get("image_id", entry.get("frame_id", 0))
-                frame = places[image] if places else int(
-                    re.findall(r"\d+", Path(image).stem)[-1] if isinstance(image, str) else image)
+                frame = places[image] if places else _frame(image)
+                if images.setdefault(frame, image) != image:                    # as img0_cam3.jpg and img1_cam3.jpg
+                    raise ValueError(f"image_id {image!r} and {images[frame]!r} are both frame {frame} by their last number, "
+                                     "which must count frames")
                 person, score, points = _detection(item)
                 found = people.setdefault(person, {})
                 shapes.add(points.shape)
@@ -1004,20 +1028,21 @@ def tell_joints(keypoints):
     most, the leg 0.40 at least. Here COCO is below 0.25, Human3.6M above 0.35.
     """
     xy = np.asarray(keypoints, float)[..., :2]
-    xy = xy[np.isfinite(xy).all((1, 2)) & (xy != 0).any(2).all(1)] if xy.shape[1] == 17 else xy[:0]
+    xy = xy[_seen(xy).all(1)] if xy.shape[1] == 17 else xy[:0]
     diagonal = lambda points: np.linalg.norm(np.ptp(points, 1), axis=-1)
     part = np.median(diagonal(xy[:, :5]) / np.maximum(diagonal(xy), 1e-9)) if len(xy) else 0.3
     return "coco" if part < 0.25 else "h36m" if part > 0.35 else None
 
 
 def _seen(points, min_score=0.0):
-    """Which of the points (..., 2|3) were detected; (0, 0) is how files without scores say that one was not."""
+    """Which of the points (..., 2|3) were detected; (0, 0) is how files without scores say that one was not, and what lies
+    beyond a million pixels is a detector's slip."""
     xy = points[..., :2]
-    return np.isfinite(xy).all(-1) & (xy != 0).any(-1) & ((points[..., 2:] > min_score).all(-1))
+    return (np.abs(xy) <= 1e6).all(-1) & (xy != 0).any(-1) & ((points[..., 2:] > min_score).all(-1))
 
 
 def _pixels(keypoints, joints=None, min_score=0.0):
-    """Keypoints (T, J, 2|3) as (xy (T, 17, 2), NaN where missing, "coco" or "h36m"); see `prepare`."""
+    """Keypoints (T, J, 2|3) as (xy (T, 17, 2), NaN where missing; "coco", "h36m" or None: not clear); see `prepare`."""
     points = np.asarray(keypoints, float)
     if points.ndim != 3 or points.shape[2] not in (2, 3) or not len(points):
         raise InputError(f"keypoints of shape {points.shape}: expected (frames, joints, 2 or 3), x, y and score in pixels")
@@ -1026,16 +1051,12 @@ def _pixels(keypoints, joints=None, min_score=0.0):
                          "them) or Human3.6M's 17")
     xy, seen = points[:, :17, :2].copy(), _seen(points[:, :17], min_score)
     xy[~seen] = np.nan
-    if not seen.any():
-        raise InputError(f"keypoints: no joint has a score above {min_score:g} in any frame")
-    if np.nanmax(np.abs(xy)) > 1e6:
-        raise InputError(f"keypoints: {np.nanmax(np.abs(xy)):.2g} is no position in pixels")
+    return xy, joints or ("coco" if points.shape[1] > 17 else tell_joints(xy))
+
+
+def _check_unit(xy):
     if np.nanmax(np.abs(xy)) <= 2:
         raise InputError(f"keypoints: none beyond {np.nanmax(np.abs(xy)):.2g}; expected pixels, not parts of the image's size")
-    joints = joints or ("coco" if points.shape[1] > 17 else tell_joints(xy))
-    if joints is None:
-        raise InputError("keypoints: the 17 joints may be COCO's or Human3.6M's; give --joints coco or --joints h36m")
-    return xy, joints
 
 
 def _fill(xy, joints):
@@ -1058,11 +1079,17 @@ def prepare(keypoints, joints=None, min_score=0.0):
     """A person's keypoints (T, J, 2|3), pixels and score, as models take them: (pose_2d (T, 17, 2) pixels, Human3.6M's joints,
     interpolated (T, 17) bool).
 
-    `joints`: "coco" or "h36m", by default told apart (`tell_joints`). A joint that is NaN, at (0, 0) or not above `min_score`
-    is missing and interpolated in time; a Human3.6M joint counts as interpolated if any COCO joint that it is made of was.
-    InputError: another shape, layout or unit, a joint that no frame has.
+    `joints`: "coco" or "h36m", by default told apart (`tell_joints`). A joint that is NaN, at (0, 0), beyond 1e6 pixels or
+    not above `min_score` is missing and interpolated in time; a Human3.6M joint counts as interpolated if any COCO joint
+    that it is made of was. InputError: another shape, layout or unit, a joint that no frame has.
     """
     xy, joints = _pixels(keypoints, joints, min_score)
+    if np.isnan(xy).all():
+        raise InputError(f"keypoints: no joint has a score above {min_score:g} and a position within a million pixels "
+                         "in any frame")
+    _check_unit(xy)
+    if joints is None:
+        raise InputError("keypoints: the 17 joints may be COCO's or Human3.6M's; give --joints coco or --joints h36m")
     return TO_H36M[joints] @ _fill(xy, joints), np.isnan(xy[..., 0]) @ (TO_H36M[joints] != 0).T
 
 
@@ -1121,22 +1148,31 @@ class Lifter:
     first `delay`; flush() ends the video with the poses (n, 17, 3) still owed. Together they are `lift`'s.
 
     `delay` is half the model's window, 0 for causal and single-frame models. A missing joint, or everyone, stays where it was
-    last, as what comes next is not known; before anyone was seen there are no frames. The model is put into evaluation mode.
-    Arguments and errors as `lift`.
+    last, as what comes next is not known; before every joint was seen, and where `joints` is not given one whole frame that
+    tells them, there are no frames. The model is put into evaluation mode. Arguments and errors as `lift`.
     """
 
     def __init__(self, model, size, joints=None, flip=None):
         self.model, self.size, self.joints, self.rule = model.eval(), size, joints, _rule(model, size)
         self.flip, T = model.recipe.flip_test if flip is None else flip, model.receptive_field
         self.delay = 0 if getattr(model, "causal", False) else T // 2
-        self.window, self.count, self.last = deque(maxlen=T), 0, np.empty((0, 17, 2))
+        self.window, self.count, self.last = deque(maxlen=T), 0, np.full((1, 17, 2), np.nan)
 
     def __call__(self, keypoints):
-        if not _seen(np.asarray(keypoints, float)).any():
+        points = np.asarray(keypoints, float)
+        if not _seen(points[:17]).any():
             return self._push(self.window[-1]) if self.window else None
-        xy, self.joints = _pixels(np.asarray(keypoints)[None], self.joints)
-        self.last = _fill(np.concatenate((self.last, xy)), self.joints)[-1:]
-        return self._push(data.normalise(TO_H36M[self.joints] @ self.last[0], self.size, self.rule))
+        xy, self.joints = _pixels(points[None], self.joints)
+        self.last = np.where(np.isnan(xy), self.last, xy)                       # NaN: never seen
+        if self.joints is None:
+            return None
+        try:
+            whole = _fill(self.last, self.joints)[0]
+        except InputError:
+            return None
+        if not self.window:                                                     # later a lone joint may be in the corner
+            _check_unit(whole)
+        return self._push(data.normalise(TO_H36M[self.joints] @ whole, self.size, self.rule))
 
     @torch.no_grad()
     def _push(self, frame):
@@ -1150,7 +1186,7 @@ class Lifter:
     def flush(self):
         poses = [self._push(self.window[-1]) for _ in range(self.delay if self.count else 0)]
         self.window.clear()
-        self.count, self.last = 0, self.last[:0]
+        self.count, self.last = 0, np.full_like(self.last, np.nan)
         return np.reshape([pose for pose in poses if pose is not None], (-1, 17, 3))
 
 
@@ -1231,8 +1267,9 @@ def plot_poses(path, pose_2d, poses, truth=None, fps=30.0, frames=None, columns=
         figure.canvas.draw()
         figure.set_layout_engine("none")                                       # laid out once
         images.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()).quantize(32))
+    shown_for = min(1000 * step / fps, 655350)                                  # ms, which a GIF counts in 16 bits of 10 ms
     data.write_atomically(path, lambda file: images[0].save(
-        file, "GIF", save_all=True, append_images=images[1:], duration=1000 * step / fps, loop=0))
+        file, "GIF", save_all=True, append_images=images[1:], duration=shown_for, loop=0))
 
 
 def plot_curves(folder):
@@ -1261,7 +1298,9 @@ def export(model, path):
         raise InputError(f"{path}: not written: the exported model differs from the original by {worst:.2g}")
     about = {"input": ["batch", *shape], "normalise": model.recipe.normalise, "target": model.recipe.target,
              "causal": getattr(model, "causal", False), "joints": data.SKELETONS[model.recipe.skeleton].joints}
-    data.write_atomically(path, lambda file: torch.export.save(program, file, extra_files={"poselift.json": json.dumps(about)}))
+    content = io.BytesIO()                                                      # on a full disk torch's writer aborts
+    torch.export.save(program, content, extra_files={"poselift.json": json.dumps(about)})
+    data.write_atomically(path, lambda file: file.write(content.getbuffer()))
     return worst
 
 
@@ -1293,8 +1332,8 @@ def pick_device(name=None):
     """The device of that name, by default CUDA where there is one; an unusable one is an InputError."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-    except (AssertionError, RuntimeError) as error:
+        torch.zeros(1, device=device).cpu()                                     # meta has no numbers to give back
+    except (AssertionError, ImportError, RuntimeError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
 
@@ -1439,6 +1478,10 @@ def lift_command(argv):
     for path in (args.out, *args.plot):
         if any(given and Path(path).resolve() == Path(given).resolve() for given in (args.keypoints, args.truth, args.checkpoint)):
             raise InputError(f"{path}: would overwrite what is read; choose another --out or --plot")
+    truth = None
+    if args.truth:
+        truth = data._poses(next(iter(data.read_npz(args.truth).values()), None), args.truth, (3,)).astype(float)
+        data._check_finite(truth, args.truth)
     everyone, rows = read_keypoints(args.keypoints), []
     tracks = [track for track in everyone if args.person in (None, track.person)]
     if not tracks:
@@ -1452,6 +1495,8 @@ def lift_command(argv):
                 raise InputError(f"{args.keypoints}: person {track.person}: {error}") from None
             print(f"warning: person {track.person} left out: {error}", file=sys.stderr)
     skeleton, longest = data.SKELETONS["h36m17"], max(rows, key=lambda row: len(row["poses"]))
+    if truth is not None and truth.shape != longest["poses"].shape:
+        raise InputError(f"{args.truth}: poses {truth.shape}, lifted were {longest['poses'].shape}")
     result = {**{key: np.concatenate([row[key] for row in rows]) for key in longest}, "fps": np.array(args.fps), "joints":
               np.array(skeleton.joints), "edges": np.array(skeleton.edges), "source": np.array(
                   f"{args.keypoints} by {args.checkpoint} ({model.recipe.name})")}
@@ -1460,11 +1505,7 @@ def lift_command(argv):
     data.write_atomically(args.out, lambda file: np.savez_compressed(file, **result) if args.out.lower().endswith(".npz") else
                           file.write(text().encode()))
     print(f"{len(result['poses'])} poses -> {args.out}")
-    truth = None
     if args.truth:
-        truth = next(iter(data.read_npz(args.truth).values()), np.empty(0))
-        if truth.shape != longest["poses"].shape:
-            raise InputError(f"{args.truth}: poses {truth.shape}, lifted were {longest['poses'].shape}")
         errors = [metric(torch.tensor(longest["poses"]), torch.tensor(truth)) for metric in (mpjpe, p_mpjpe)]
         print("against {}: MPJPE {:.1f} mm, P-MPJPE {:.1f} mm".format(args.truth, *errors))
     for path in args.plot:

@@ -3920,6 +3920,14 @@ KP_BAD = [
     ([{"image_id": 0, "score": 0.5}], (), "entry 0: no keypoints, only image_id, score"),
     ([{"image_id": 0, "keypoints": [0.5] * 17}], (), "17 numbers, not x, y and score"),
     (_kp_list(BODY) + [{"image_id": "no number", "keypoints": [1] * 51}], (), "entry 3"),
+    ([{**entry, "image_id": f"img{t}_cam3.jpg"} for t, entry in enumerate(_kp_list(BODY))], (),
+     "entry 1: image_id 'img1_cam3.jpg' and 'img0_cam3.jpg' are both frame 3"),
+    ([{"image_id": "first.jpg", "keypoints": [1] * 51}], (), "entry 0: image_id 'first.jpg' has no number"),
+    (_kp_list(BODY, track_id={"a": 1}), (), "entry 0: a person's id is {'a': 1}; expected a number or a word"),
+    (_kp_list(BODY, track_id=[]), (), r"entry 0: a person's id is \[\]; expected a number or a word"),
+    (_kp_list(BODY, track_id=10 ** 400), (), "entry 0: a person's id has 401 characters; expected at most 100"),
+    (_kp_list(BODY, track_id=1e300), (), "entry 0: a person's id has 301 characters; expected at most 100"),
+    (_kp_list(np.full((3, 17, 2), 1e7)), (), "no joint has a score above 0 and a position within a million pixels"),
     (_kp_list(BODY) + [{"image_id": 0, "keypoints": [1] * 30}], (), "several sizes"),
     ([{"image_id": 0, "keypoints": [1.0] * 30}, {"image_id": 1, "keypoints": [1.0] * 30}], (), "10 joints are no known layout"),
     ([{"image_id": i, "keypoints": [1] * 51} for i in (0, 1, 10 ** 9)], (), "do not number a video's frames"),
@@ -3945,6 +3953,35 @@ def test_lift_command_bad_input_is_one_line(content, options, said, kp_checkpoin
     with pytest.raises((InputError, OSError), match=said) as caught:
         evaluation.main(["lift", str(kp_checkpoint), "--keypoints", str(file), "--size", "1920", "1080", *options])
     assert "\n" not in str(caught.value) and not (tmp_path / "poses.npz").exists()
+
+
+def test_a_persons_id_is_printed_in_one_line(kp_checkpoint, tmp_path, capsys):
+    entries = _kp_list(BODY, track_id="Ann\n\tBee") + _kp_list(BODY + 300, track_id=[[7.0]])
+    evaluation.main(["lift", str(kp_checkpoint), "--keypoints", str(_kp_json(tmp_path / "k.json", entries)),
+                     "--size", "1920", "1080", "--out", str(tmp_path / "p.npz")])
+    assert "person Ann Bee: 3 frames; interpolated: 0" in capsys.readouterr().out
+    assert data.read_npz(tmp_path / "p.npz")["person"].tolist() == ["Ann Bee"] * 3 + ["7"] * 3
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda truth: truth.astype(">f8"), None), (lambda truth: truth.astype(str), "type <U32; expected numbers"),
+    (lambda truth: truth.astype(complex), "type complex128"), (lambda truth: truth.astype(object), "type object"),
+    (lambda truth: truth.astype("datetime64[s]"), "datetime64"), (lambda truth: truth[0], r"shape \(17, 3\)"),
+    (lambda truth: truth * np.where(np.arange(3) == 1, np.nan, 1)[:, None, None], "frame 1: NaN"),
+    (lambda truth: truth[:2], r"poses \(2, 17, 3\), lifted were \(3, 17, 3\)")])
+def test_truth_is_numbers_or_nothing_is_written(change, said, kp_checkpoint, tmp_path, capsys):
+    np.save(tmp_path / "k.npy", BODY)
+    poses = evaluation.lift(evaluation.load_model(kp_checkpoint), BODY, (1920, 1080))
+    np.save(tmp_path / "truth.npy", change(poses + np.float32([0.003, 0, 0.004])))
+    run = lambda: evaluation.main(["lift", str(kp_checkpoint), "--keypoints", str(tmp_path / "k.npy"), "--size", "1920",
+                                   "1080", "--out", str(tmp_path / "p.npz"), "--truth", str(tmp_path / "truth.npy")])
+    if said is None:
+        run()
+        assert "MPJPE 5.0 mm" in capsys.readouterr().out
+    else:
+        with pytest.raises(InputError, match=f"truth.npy.*{said}"):
+            run()
+        assert not (tmp_path / "p.npz").exists()
 
 
 def test_lift_command_more_bad_input(kp_checkpoint, tmp_path):
@@ -3993,6 +4030,18 @@ def test_exported_models_are_the_originals_for_any_batch(fields, tmp_path, capsy
         assert torch.allclose(loaded(x), model(x), atol=1e-5) and model(x).abs().max() > 1e-2
     with pytest.raises(InputError, match="ending in .pt2"):
         evaluation.main(["export", str(tmp_path / "m.pt"), "--out", "m.onnx"])
+
+
+def test_an_export_to_a_full_disk_is_one_line(tmp_path):
+    _ev_save(_ev_shake(evaluation.build_model(_ev_recipe())), tmp_path / "m.pt")
+    kept = tmp_path / "kept.pt2"
+    kept.write_text("what stood there")
+    room = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))      # writing more fails, as on a full disk
+    done = subprocess.run([sys.executable, evaluation.__file__, "export", str(tmp_path / "m.pt"), "--out", str(kept)],
+                          capture_output=True, text=True, preexec_fn=room, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {kept}: cannot be written (File too large)")
+    assert kept.read_text() == "what stood there"
 
 
 def test_an_export_that_differs_is_not_written(tmp_path, monkeypatch):
@@ -4051,6 +4100,14 @@ def test_a_video_looked_at_every_second_frame_keeps_its_time(kp_checkpoint, tmp_
         np.testing.assert_allclose(out["keypoints"], evaluation.one_euro(clean / 960, 10.0) * 960, rtol=1e-6)
 
 
+def test_an_animation_of_sparse_frames_shows_each_as_long_as_a_gif_can(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    evaluation.plot_poses(tmp_path / "a.gif", evaluation.prepare(_kp_body(2))[0], np.ones((2, 17, 3)), fps=0.001)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.info["duration"] == 655350                                   # a 16-bit count of hundredths of a second
+
+
 def test_equal_axes_and_one_scale():
     pytest.importorskip("matplotlib")
     kept, original = [], evaluation._figure
@@ -4098,6 +4155,43 @@ def test_lifter_goes_on_where_nobody_is_seen():
     assert lifter(np.zeros((17, 3))) is None                                     # nobody yet
     poses = [lifter(frame) for frame in keypoints]
     assert np.array_equal(poses[3], poses[2]) and np.array_equal(poses[4], poses[2]) and not np.array_equal(poses[5], poses[2])
+
+
+def test_lifter_gives_no_pose_before_every_joint_was_seen():
+    model, size, body = _ev_shake(evaluation.build_model(_ev_recipe())), (1920, 1080), _kp_body(8)
+    late = body.copy()
+    late[0, [15, 16]] = np.nan                                                  # one ankle comes in frame 1, the other in 2
+    late[1, 16], late[2, 15] = 0, 0
+    for joints in ("coco", None):
+        lifter = evaluation.Lifter(model, size, joints)
+        poses = [lifter(frame) for frame in late]
+        told = 2 if joints else 3                                               # by the first whole frame, where not given
+        assert [pose is None for pose in poses] == [t < told for t in range(8)]
+        held = body.copy()
+        held[2, 15] = body[1, 15]
+        assert np.abs(np.array(poses[told:]) - evaluation.lift(model, held, size)[told:]).max() < 1e-5
+    unclear = body[[0] * 8]
+    unclear[:, 4] += 70                                                         # unclear: see the test of layouts
+    assert [evaluation.Lifter(model, size)(frame) for frame in unclear] == [None] * 8
+    with pytest.raises(InputError, match="expected pixels"):
+        evaluation.Lifter(model, size)(body[0] / 1920)
+    assert evaluation.Lifter(model, size)(np.ones((26, 3)) * (np.arange(26) > 16)[:, None] * 50) is None  # feet alone
+
+
+def test_joints_that_cannot_be_where_they_are_said_to_be_are_missing():
+    model, size, body = _ev_shake(evaluation.build_model(_ev_recipe())), (1920, 1080), _kp_body(6)
+    far, gaps = body.copy(), body.copy()
+    far[2, 9], far[3, 9], gaps[2:4, 9] = (1e7, 300), (300, -np.inf), np.nan
+    assert np.array_equal(evaluation.prepare(far)[0], evaluation.prepare(gaps)[0])
+    assert evaluation.prepare(far)[1].sum() == 2 and evaluation.tell_joints(far[2:4]) is None
+    lifters = evaluation.Lifter(model, size, "coco"), evaluation.Lifter(model, size, "coco")
+    for a, b in zip(far, gaps):
+        assert np.array_equal(lifters[0](a), lifters[1](b))
+    corner = np.full((17, 2), np.nan)
+    corner[9] = 1.5, 1.2                                                        # in pixels, as all before were
+    assert np.abs(lifters[0](corner) - lifters[1](body[5])).max() > 1e-5
+    corner[9] = 1e7
+    assert np.array_equal(lifters[1](corner), lifters[1](np.full((17, 2), np.nan)))
 
 
 def test_a_recipe_of_lists_within_lists_is_refused(tmp_path):
@@ -4445,6 +4539,14 @@ def test_a_folder_serves_one_run_at_a_time(run_folder):
         train.train(tiny_recipe(), out=run_folder / "file" / "run", quiet=True)
 
 
+def test_a_file_named_lock_keeps_its_content(run_folder):
+    (run_folder / "notes").write_text("mine")
+    (run_folder / "lock").symlink_to("notes")
+    with train.locked(run_folder):
+        pass
+    assert (run_folder / "notes").read_text() == "mine"
+
+
 def test_options_become_recipe_fields():
     assert train.parse_value("3,3:3,1", ()) == (3, (3, 3), 1)
     assert train.parse_value("circular,replicate:circular", ()) == ("circular", ("replicate", "circular"))
@@ -4454,13 +4556,27 @@ def test_options_become_recipe_fields():
             train.parse_value(text, default)
 
 
+def test_a_switch_of_a_recipe_needs_no_value():
+    parser = data.Parser()
+    train.add_recipe_options(parser)
+    recipe = lambda *argv: train.with_options(train.Recipe(), parser.parse_args(argv))
+    for field in (field.name for field in dataclasses.fields(train.Recipe) if field.default is False):
+        option = "--" + field.replace("_", "-")
+        given = [getattr(recipe(*argv), field) for argv in ((), (option,), (option, "true"), (option, "no"))]
+        assert given == [False, True, True, False]
+    with pytest.raises(InputError, match="--hidden: expected one argument"):
+        recipe("--hidden")
+
+
 @pytest.mark.parametrize("arguments, says", [
     (["nothing"], "nothing"), ([], "recipe"), (["gridconv-mocap"], "data"), (["gridconv-gt", "--data", "nowhere"], "nowhere"),
     (["gridconv-synthetic", "--epochs", "x"], "--epochs"), (["gridconv-synthetic", "--padding", "mirror"], "mirror"),
     (["gridconv-synthetic", "--layout", "spiral"], "spiral"), (["glagcn-synthetic", "--filter-widths", "3,2"], "2"),
     (["glagcn-synthetic", "--unshared-weight", "1.5"], "1.5"), (["ablate", "table-9"], "table-9"), (["report", "none"], "none"),
     (["gridconv-synthetic", "--out", "/proc/none"], "/proc/none"), (["gridconv-synthetic", "--grid", "4,4"], "4 x 4"),
-    (["gridconv-synthetic", "--device", "abacus"], "abacus"), (["gridconv-synthetic", "--batch", "1"], "batch"),
+    (["gridconv-synthetic", "--device", "abacus"], "abacus"), (["gridconv-synthetic", "--device", "meta"], "--device meta"),
+    (["gridconv-synthetic", "--device", "hpu"], "--device hpu"), (["gridconv-synthetic", "--out", ""], "--out: empty"),
+    (["gridconv-synthetic", "--data", ""], "--data: empty"), (["gridconv-synthetic", "--batch", "1"], "batch"),
     (["gridconv-synthetic", "--epochs", "-1"], "epochs"), (["gridconv-synthetic", "--loss", "l3"], "l3"),
     (["gridconv-synthetic", "--schedule", "linear"], "linear"), (["glagcn-synthetic", "--loss", "grid"], "grid"),
     (["glagcn-synthetic", "--causal", "true", "--reconstruct", "true"], "causal"),
@@ -4953,6 +5069,24 @@ def test_signals_end_the_embedded_default_within_five_seconds(tmp_path, recipe):
         asked = time.monotonic()
         run.send_signal(number)
         assert run.wait() in (status, 0) and time.monotonic() - asked < 5, (trial, time.monotonic() - asked)
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "data.py"])
+def test_a_signal_while_torch_is_imported_ends_quietly(tmp_path, script):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
+    done = subprocess.run([sys.executable, str(HERE / script), "--help"], capture_output=True, text=True, timeout=30,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_a_command_has_pythons_own_handler_of_signals():
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            data.run(lambda: signal.raise_signal(signal.SIGINT))
+        assert stopped.value.code == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ---- nothing lost: numbers

@@ -14,6 +14,10 @@ A run's folder holds last.pt (the whole state: continue by giving the same comma
 it), best.pt (the weights of the epoch that was best on the test set), log.csv and result.json, with matplotlib also
 curves.png. Same recipe, seed, machine and number of threads: same numbers, bit for bit on the CPU, interrupted or not.
 """
+if __name__ == "__main__":  # torch takes seconds to import: until data.run, Ctrl-C ends them without a traceback
+    import os
+    import signal
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import concurrent.futures
@@ -616,7 +620,7 @@ def locked(out):
     last, previous = Path(out) / "last.pt", Path(out) / "previous.pt"
     try:
         last.parent.mkdir(parents=True, exist_ok=True)
-        file = open(Path(out) / "lock", "w")
+        file = open(Path(out) / "lock", "a")  # a file of the user's keeps its content
     except OSError as error:
         raise InputError(f"{out}: cannot make the output folder: {error.strerror}; choose another --out") from None
     with file:
@@ -1110,8 +1114,10 @@ def add_recipe_options(parser):
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Recipe), re.M))
     for field in dataclasses.fields(Recipe):
         if field.name not in ("name", "row", "ours", "weights") and not field.name.startswith("paper"):
-            parser.add_argument("--dataset" if field.name == "data" else "--" + field.name.replace("_", "-"), metavar="VALUE",
-                                dest="field_" + field.name, help=comments.get(field.name, "").replace("%", "%%") or None)
+            switch = dict(nargs="?", const="true") if isinstance(field.default, bool) else {}  # --flips is --flips true
+            parser.add_argument("--dataset" if field.name == "data" else "--" + field.name.replace("_", "-"), **switch,
+                                metavar="VALUE", dest="field_" + field.name,
+                                help=comments.get(field.name, "").replace("%", "%%") or None)
 
 
 GRIDS, GLA = ("gridconv", "gridconv-temporal"), ("glagcn",)
@@ -1661,6 +1667,9 @@ def main(argv=None):
         if value != parser.get_default(name) and not fits:
             option = value if name == "what" else "--" + name.removeprefix("field_").replace("_", "-")
             raise InputError(f"{option} does not go with {command or 'no recipe'}")
+    for name in ("data", "out"):
+        if getattr(args, name) == "":  # an unset variable of a shell's, say
+            raise InputError(f"--{name}: empty; name a folder, or leave the option out")
     if args.list:
         list_recipes(args.data, args.device)
     elif args.recipe == "report":
