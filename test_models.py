@@ -5029,6 +5029,7 @@ def test_a_folder_is_refused_while_its_run_lives_and_not_after_it_was_killed(sma
 @pytest.mark.parametrize("where", ["predict", "score", "yardsticks", "save"])
 def test_a_signal_ends_steps_evaluations_and_saving_without_a_trace(small_run, run_folder, monkeypatch, number, status, where):
     recipe, run = small_run
+    before = signal.getsignal(number)
     run("whole")
     once = []
 
@@ -5050,7 +5051,7 @@ def test_a_signal_ends_steps_evaluations_and_saving_without_a_trace(small_run, r
     assert ("went on" in once) == (where == "save")
     state = data.read_torch(run_folder / "parts" / "last.pt")
     assert (state["step"], len(state["history"])) == {"predict": (8, 0), "score": (8, 0), "yardsticks": (16, 2), "save": (2, 0)}[where]
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert signal.getsignal(number) == before
     run("parts")
     assert_same_run(run_folder / "whole", run_folder / "parts")
 
@@ -6026,6 +6027,9 @@ def tiny_rows(monkeypatch, everything):
     rows = {name: dataclasses.replace(recipe, **TINY_ROWS, stage_one_epochs=0.75 * TINY_ROWS["epochs"] * recipe.reconstruct)
             for name, recipe in train.RECIPES.items()}
     monkeypatch.setattr(train, "RECIPES", rows)
+    for fields in evaluation._PAPER_MODELS.values():  # these networks stand for the papers'
+        for name in fields.keys() & TINY_ROWS.keys():
+            monkeypatch.setitem(fields, name, TINY_ROWS[name])
 
     def genuine():
         monkeypatch.setattr(data, "H36M_FRAMES", {"train": (600 * 5,), "test": (236 * 5, 224 * 5)})
