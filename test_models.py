@@ -4857,7 +4857,7 @@ def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(tmp_path, method, option
 def test_killed_at_many_moments_a_run_goes_on_bit_for_bit(tmp_path, method, how, world):
     if how == "file" and world == 2:
         pytest.skip("only the first process writes: the other would wait for it")
-    killed_run(tmp_path, method, how=how, world=world, kills=100 // world, epochs=16.0)
+    killed_run(tmp_path, method, how=how, world=world, kills=24 // world, epochs=16.0)
 
 
 @pytest.mark.slow
