@@ -1353,7 +1353,10 @@ def _humaneva_of_coco(pose):
     return np.concatenate((middle(11, 12), middle(5, 6), pose[:, [5, 7, 9, 6, 8, 10, 11, 13, 15, 12, 14, 16, 0]]), 1)
 
 
-def load_humaneva(folder, keypoints="gt", subjects=("Train/S1", "Train/S2", "Train/S3"), actions=("Walk", "Jog")):
+HUMANEVA_ACTIONS = ("Walk", "Jog")  # of GLA-GCN's paper
+
+
+def load_humaneva(folder, keypoints="gt", subjects=("Train/S1", "Train/S2", "Train/S3"), actions=HUMANEVA_ACTIONS):
     """HumanEva-I in VideoPose3D's layout, 15 joints, every chunk whose name begins with one of `actions`.
 
     `detectron_pt_coco` keypoints (COCO-17) are mapped to the 15 joints. The cameras' intrinsics are unknown (NaN).
@@ -1511,7 +1514,7 @@ def check_folder(folder):
     lines, unusable = [], 0
     for title, kind, keypoints, skeleton, allows, source in sets:
         recipe = types.SimpleNamespace(data=kind, keypoints=keypoints, skeleton=skeleton,
-                                       skip="gridconv" * (keypoints == "hrnet"), actions=("Walk", "Jog"))
+                                       skip="gridconv" * (keypoints == "hrnet"), actions=HUMANEVA_ACTIONS)
         paths = files_of(recipe, folder)
         missing = [str(path.relative_to(folder)) for path in paths if not path.exists()]
         if kind == "gridconv" and len(missing) == len(paths):  # its rows stand under Human3.6M

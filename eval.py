@@ -187,8 +187,8 @@ def build_model(recipe):
     `recipe` is any object with the fields method, skeleton and dropout, and for "gridconv" layout, layout_seed, grid,
     padding, hidden, blocks, kernel_sizes, attention and temperature; for "gridconv-temporal" filter_widths in place of
     blocks, kernel_sizes and attention; for "fc" and "gcn" hidden and blocks; for "glagcn" filter_widths, channels,
-    reconstruct, reconstruct_blocks, unshared_weight, causal, adaptive, temporal, head and normalisation. The row, column and global
-    layouts are shuffles of the handcrafted one (Table B). Unknown names and impossible sizes are a ValueError.
+    reconstruct, reconstruct_blocks, unshared_weight, causal, adaptive, temporal, head and normalisation. The row, column
+    and global layouts are shuffles of the handcrafted one (Table B). Unknown names and impossible sizes are a ValueError.
     """
     if recipe.skeleton not in data.SKELETONS:
         raise InputError(f"skeleton {recipe.skeleton!r} unknown: one of {', '.join(data.SKELETONS)} expected")
@@ -232,7 +232,7 @@ _RELEASED_GLAGCN = dict(
     flip_test=True, filter_widths=None, reconstruct=False, reconstruct_blocks=3, unshared_weight=0.0, causal=False,
     adaptive=True, temporal="stride", head="individual", dropout=0.1, name="released GLA-GCN")
 # What neither release's files nor this project's older ones say.
-_NOT_SAID = dict(cameras="recorded", noise=0.0, missing=0.0, actions=("Walk", "Jog"), normalisation="column",
+_NOT_SAID = dict(cameras="recorded", noise=0.0, missing=0.0, actions=data.HUMANEVA_ACTIONS, normalisation="column",
                  swap_sides=False)
 DATASETS = {"h36m": ("h36m17", "h36m32"), "gridconv": ("h36m17",), "humaneva": ("humaneva15",),
             "3dhp": ("3dhp17", "h36m17"), "mocap": ("h36m17",), "synthetic": ("h36m17",)}

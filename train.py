@@ -57,7 +57,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import eval as evaluation
 import gridconv
-from data import InputError
+from data import HUMANEVA_ACTIONS, InputError
 from eval import make_store
 from glagcn import GLAGCN, AGCNBlock, Refinement, mean_distance
 
@@ -81,7 +81,7 @@ class Recipe:
     keypoints: str = "gt"  # the 2D: gt, hrnet, cpn_ft_h36m_dbb, ...
     skeleton: str = "h36m17"  # h36m17, h36m32, humaneva15 or 3dhp17
     skip: str = ""  # further test sequences left out: gridconv (twelve of S9 on detected 2D, as its release) or none
-    actions: tuple = ("Walk", "Jog")  # of humaneva; the release has Box as well
+    actions: tuple = HUMANEVA_ACTIONS  # of humaneva; the release has Box as well
     weights: str = ""  # nothing is trained: the recipe whose weights are evaluated on this data
     normalise: str = "release-500"  # of the 2D: release-500, width or longest
     cameras: str = "recorded"  # recorded, or random: every epoch each sequence through another camera
@@ -381,6 +381,11 @@ def processes(device):
         dist.destroy_process_group()
 
 
+def compiled(module, device):
+    """torch.compile for steps of one size; on a GPU with CUDA graphs."""
+    return torch.compile(module, mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
+
+
 def epoch_order(recipe, frames, epoch):
     """The samples of an epoch in order: a permutation that depends on seed and epoch alone, so a resumed run sees the
     same. With flips there are two samples a frame: number >= frames is the mirrored one."""
@@ -570,8 +575,7 @@ class Run:
         if self.world > 1:
             self.step_loss = nn.parallel.DistributedDataParallel(self.objective)
         if recipe.compile:
-            mode = "reduce-overhead" if self.device.type == "cuda" else None
-            self.step_loss = torch.compile(self.step_loss, mode=mode, dynamic=False)
+            self.step_loss = compiled(self.step_loss, self.device)
 
     def train_step(self, chunk):
         """One optimiser step on the samples `chunk`, of which this process takes its share; the loss of all goes to
@@ -971,11 +975,6 @@ def bench(device=None, full_size=False, compile=False):
                 call()
         return run
 
-    def compiled(label, model, *batch):
-        mode = "reduce-overhead" if device.type == "cuda" else None
-        row(f"{label}, torch.compile against none", step(torch.compile(model, mode=mode, dynamic=False), *batch),
-            step(model, *batch))
-
     # GridConv
     layer, push = gridconv.DynamicGridConv(256, 256).to(device), torch.randn(200, 256, 5, 5, device=device)
     fast_x = torch.randn_like(push).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -990,7 +989,9 @@ def bench(device=None, full_size=False, compile=False):
     row("GridConv network, evaluation (batch 200)", lift(lambda: network(batch[0])), lift(lambda: plain(batch[0])), 200)
 
     if compile:
-        compiled("GridConv network, training step", gridconv.GridLiftingNetwork().to(device), *batch)
+        network.train()
+        row("GridConv network, training step, torch.compile against none", step(compiled(network, device), *batch),
+            step(network, *batch))
 
     # GLA-GCN; without dropout, whose random numbers cost both forms the same
     B, T, C, J = 8, 243, 96, 17
@@ -1008,7 +1009,8 @@ def bench(device=None, full_size=False, compile=False):
         plain = made_plain(copy.deepcopy(model))
         row(f"GLA-GCN, training step (batch {size}, C = {C}, T = {T})", step(model, *batch), step(plain, *batch), size)
         if compile and T == 27:
-            compiled("GLA-GCN, T = 27, training step", model, *batch)
+            row("GLA-GCN, T = 27, training step, torch.compile against none", step(compiled(model, device), *batch),
+                step(model, *batch))
         model.eval(), plain.eval()
         row(f"GLA-GCN, evaluation (batch {size}, C = {C}, T = {T})", lift(lambda: model(batch[0])), lift(lambda: plain(batch[0])),
             size)
@@ -1120,13 +1122,13 @@ def add_recipe_options(parser):
                                 help=comments.get(field.name, "").replace("%", "%%") or None)
 
 
-GRIDS, GLA = ("gridconv", "gridconv-temporal"), ("glagcn",)
+GRIDS = ("gridconv", "gridconv-temporal")
 READ_BY = {  # fields that not every method reads
     "layout layout_seed grid padding temperature anneal_epochs noise_epochs grid_lr": GRIDS,
     "kernel_sizes attention": ("gridconv",), "blocks": ("gridconv", "fc", "gcn"), "hidden": (*GRIDS, "fc", "gcn"),
     "filter_widths norm_schedule": ("gridconv-temporal", "glagcn"),
     "channels reconstruct reconstruct_blocks unshared_weight causal adaptive temporal head head_scale normalisation "
-    "stage_one_epochs refine swap_sides": GLA}
+    "stage_one_epochs refine swap_sides": ("glagcn",)}
 
 
 def with_options(recipe, args, strict=False):
@@ -1141,9 +1143,9 @@ def with_options(recipe, args, strict=False):
                 raise InputError(f"--{field.name.replace('_', '-')}: {error}") from None
     recipe = dataclasses.replace(recipe, **changes)
     for fields, methods in READ_BY.items():
-        if strict and recipe.method not in methods and set(fields.split()) & set(changes):
-            name = min(set(fields.split()) & set(changes))
-            raise InputError(f"--{name.replace('_', '-')}: {recipe.method} has none, only {', '.join(methods)}")
+        unread = changes.keys() & fields.split() if strict and recipe.method not in methods else ()
+        if unread:
+            raise InputError(f"--{min(unread).replace('_', '-')}: {recipe.method} has none, only {', '.join(methods)}")
     return recipe
 
 
