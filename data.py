@@ -512,12 +512,13 @@ class FrameStore:
         frame repeats. `all_targets` gives the targets of the whole window (B, T, J, 3). `flip` (B,) bool: these
         samples mirrored, input and target alike.
         """
+        gather = lambda store, at: store.index_select(0, at.reshape(-1)).reshape(*at.shape, *store.shape[1:])
         window = index
         if frames > 1:
-            offset = torch.arange(frames, device=index.device) - (frames - 1 if causal else frames // 2)
-            window = (index[:, None] + offset).clamp(self.first[index][:, None], self.last[index][:, None])  # (B, T)
-        gather = lambda store, at: store.index_select(0, at.reshape(-1)).reshape(*at.shape, *store.shape[1:])
-        pose, target = gather(self.input, window), gather(self.target, window if all_targets else index)
+            before = frames - 1 if causal else frames // 2
+            offset = torch.arange(-before, frames - before, device=index.device)
+            window = (index[:, None] + offset).clamp(gather(self.first, index[:, None]), gather(self.last, index[:, None]))
+        pose, target = gather(self.input, window), gather(self.target, window if all_targets else index)  # (B, T, J, .)
         return (pose, target) if flip is None else (self._mirrored(pose, flip), self._mirrored(target, flip))
 
 

@@ -256,6 +256,9 @@ class GridConv(nn.Module):
         mixes, classes = _taps(modes, self.grid_shape, kernel_size)
         taps = kernel_size ** 2
         self.classes = [(len(cells), len(kernels)) for kernels, cells in classes.items()]  # (cells, taps) of each
+        # Where each cell stands among the classes' outputs. A list, not an index_select: of its gradient's index_add the
+        # C++ that torch.compile writes (2.13, two threads) stores outside the array.
+        self.order = torch.tensor([cell for cells in classes.values() for cell, _ in cells]).argsort().tolist()
         self.multiply_first = 4 * out_channels < in_channels
         products = [(cell, mix * taps + tap, source, cell * taps + tap) for kernels, cells in classes.items()
                     for cell, sources in cells for (mix, tap), source in zip(kernels, sources)]
@@ -263,8 +266,7 @@ class GridConv(nn.Module):
         for name, table in (
                 ("mixing", [[float(branch in mix) for branch in range(len(modes))] for mix in mixes]),
                 ("cell", cell), ("kernel", kernel), ("source", source), ("pair", pair),  # of each product, class by class
-                ("kernels", [mix * taps + tap for kernels in classes for mix, tap in kernels]),  # of each class
-                ("order", torch.tensor([cell for cells in classes.values() for cell, _ in cells]).argsort().tolist())):
+                ("kernels", [mix * taps + tap for kernels in classes for mix, tap in kernels])):  # of each class
             self.register_buffer(name, torch.tensor(table), persistent=False)
 
     def forward(self, x, alpha=None):
@@ -273,8 +275,8 @@ class GridConv(nn.Module):
             raise ValueError(f"x: {C} channels on a {H} x {P} grid, expected {self.weight.shape[2]} on "
                              f"{self.grid_shape[0]} x {self.grid_shape[1]}")
         cells = x.permute(0, 2, 3, 1).reshape(B, H * P, C)  # a view where x is channels_last
-        bank = (self.mixing @ self.weight.flatten(1)).view(-1, *self.weight.shape[1:3], self.kernel_size ** 2)
-        bank = bank.permute(0, 3, 2, 1).flatten(0, 1)  # (mixes * K * K, C_in, C_out)
+        bank = self.mixing @ self.weight.permute(0, 3, 4, 2, 1).flatten(1)  # the branches' kernels, added
+        bank = bank.view(-1, C, self.weight.shape[1])  # (mixes * K * K, C_in, C_out)
         if alpha is not None:
             K = self.kernel_size
             if alpha.shape != (B, H, P, K, K):
@@ -299,7 +301,8 @@ class GridConv(nn.Module):
             kernel = bank.index_select(0, self.kernels[first:first + taps]).flatten(0, 1)  # (taps * C_in, C_out)
             out.append((patch.view(B * count, taps * C) @ kernel).view(B, count, kernel.shape[1]))
             product, first = product + count * taps, first + taps
-        return torch.cat(out, 1).index_select(1, self.order)  # (B, H * P, C_out)
+        out = torch.cat(out, 1).unbind(1)
+        return torch.stack([out[i] for i in self.order], 1)  # (B, H * P, C_out)
 
     def _multiply_first(self, cells, bank, alpha):
         B, cell_count, _ = cells.shape
