@@ -6,7 +6,7 @@
     python eval.py lift CHECKPOINT --keypoints detections.json --size 1920 1080 --out poses.npz --plot poses.gif
     python eval.py export CHECKPOINT --out model.pt2         # for use without this project
 
-    model = load_model("results/gridconv.pt")
+    model = load_model("results/gridconv-mocap/best.pt")
     result = evaluate(model, store)                          # result["mpjpe"], result["actions"]["Walking"]["p_mpjpe"]
     poses = lift(model, read_keypoints("detections.json")[0].keypoints, (1920, 1080))
 """
@@ -152,24 +152,18 @@ METHODS = ("gridconv", "gridconv-temporal", "glagcn", "fc", "gcn")
 EDGES = {"h36m17": glagcn.H36M_EDGES, "humaneva15": glagcn.HUMANEVA15_EDGES, "3dhp17": glagcn.MPI3DHP_EDGES}
 
 
-def _random_logits(joints, grid, seed):
-    """AutoGrids from random logits that depend on the seed alone, so that what it changed can be told later."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return gridconv.AutoGrids(joints, grid, prior="random")
-
-
 def _layout(recipe, joints, grid):
     """The layout a GridConv recipe names: a nested tuple of joint numbers, or an AutoGrids."""
     designed = {(17, (5, 5)): gridconv.HANDCRAFTED_5X5, (32, (7, 5)): gridconv.HANDCRAFTED_7X5}.get((joints, grid))
     name, seed = recipe.layout, recipe.layout_seed
     if name == "random":
         return gridconv.random_layout(joints, grid, seed)
-    if name == "autogrids-random":
-        return _random_logits(joints, grid, seed)
-    if name == "autogrids":
-        prior = "handcrafted" if (joints, grid) == (17, (5, 5)) else designed or "random"
-        return _random_logits(joints, grid, seed) if prior == "random" else gridconv.AutoGrids(joints, grid, prior=prior)
+    if name == "autogrids" and designed:
+        return gridconv.AutoGrids(joints, grid, prior=designed)
+    if name in ("autogrids", "autogrids-random"):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)                                             # which alone decides: see cells_changed
+            return gridconv.AutoGrids(joints, grid, prior="random")
     if name not in ("handcrafted", "released", "row", "column", "global"):
         raise InputError(f"layout {name!r} unknown: handcrafted, released, random, row, column, global, autogrids or "
                          f"autogrids-random expected")
@@ -252,10 +246,9 @@ def _released_gridconv(path, state, recipe):
         raise InputError(f"{path}: its weights are for {cells} cells, --grid {grid[0]},{grid[1]} has {math.prod(grid)}")
     model = gridconv.from_released(state, recipe["padding"], grid_shape=grid)
     model.temperature = recipe["temperature"]
-    stages = {key.split(".")[1] for key in state if key.startswith("linear_stages.")}
     detected = attention is not None and "zeros" in recipe["padding"]           # the dynamic models on HRNet's 2D alone have it
     return model, {**recipe, "keypoints": recipe["keypoints"] or ("hrnet" if detected else "gt"), "grid": grid,
-                   "hidden": len(first), "blocks": len(stages), "attention": "grid" if attention is not None else "",
+                   "hidden": len(first), "blocks": len(model.blocks), "attention": "grid" if attention is not None else "",
                    "layout": "released" if learnt is None else "autogrids"}
 
 
@@ -351,7 +344,8 @@ def load_model(path, **overrides):
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         reason = f"no entry {reason}" if isinstance(error, KeyError) else reason
         raise InputError(f"{path}: weights and recipe do not fit: {reason}") from error
-    model.recipe = SimpleNamespace(**recipe)
+    crossed = build is _own and recipe.get("keypoints") != known.get("keypoints")  # other 2D than it was trained on
+    model.recipe = SimpleNamespace(**recipe, crossed=crossed)
     model.epoch, model.trained_on = content.get("epoch"), content.get("data", "")
     return model.eval()
 
@@ -387,9 +381,9 @@ def predict(model, store, index=None, flip=False, batch=None):
     return torch.cat(poses).cpu()
 
 
-def evaluate(model, store, flip=False, batch=None):
+def evaluate(model, store, flip=False):
     """`score` of the model's predictions for every frame of the store."""
-    return score(predict(model, store, flip=flip, batch=batch), store)
+    return score(predict(model, store, flip=flip), store)
 
 
 METRICS = {"mpjpe": "MPJPE", "p_mpjpe": "P-MPJPE", "n_mpjpe": "N-MPJPE", "mpjve": "MPJVE"}
@@ -557,10 +551,8 @@ _PAPER_MODELS = {
 
 def paper_row(recipe):
     """The papers' per-action row that a recipe's settings stand for, as an entry of PAPER, or None."""
-    detector = recipe.keypoints.split("_")[0]                                   # cpn_ft_h36m_dbb -> cpn
-    if recipe.skeleton != "h36m17" or recipe.method not in _PAPER_MODELS:
-        return None
-    if any(_tuples(getattr(recipe, name)) != value for name, value in _PAPER_MODELS[recipe.method].items()):
+    detector, network = recipe.keypoints.split("_")[0], _PAPER_MODELS.get(recipe.method)  # cpn_ft_h36m_dbb -> cpn
+    if recipe.skeleton != "h36m17" or not network or any(_tuples(getattr(recipe, k)) != v for k, v in network.items()):
         return None
     if recipe.method == "gridconv":
         return PAPER.get(("gridconv", detector, recipe.target)) if recipe.layout == "autogrids" else None
@@ -585,7 +577,7 @@ def report(result, source, recipe, yardstick=None):
     `source` says what the data is (data.provenance). Only where it is Human3.6M, and the recipe's settings are those of
     a printed per-action row, does the paper's figure stand beside each measured one; other data is called what it is.
     """
-    genuine, paper = GENUINE.get(recipe.data) == source, {}
+    genuine, paper = GENUINE.get(recipe.data) == source and not getattr(recipe, "crossed", False), {}
     if genuine and source == HUMAN36M:  # where no per-action row is printed, the average alone
         average_only = {m: (*[None] * 15, v) for m in METRICS if (v := getattr(recipe, "paper_" + m, 0))}
         paper = paper_row(recipe) or average_only and {"source": recipe.row, **average_only}
@@ -654,16 +646,16 @@ def probes(model, store=None):
 
     At most 256, fewer for long windows. A model without a layout takes random grids (N, 2, H, P).
     """
-    T, device = model.receptive_field, next(model.parameters()).device
+    T = model.receptive_field
     count = max(16, min(256, 2048 // T))
     if store is not None:
-        index = torch.linspace(0, len(store) - 1, min(count, len(store)), device=device).long()
+        index = torch.linspace(0, len(store) - 1, min(count, len(store)), device=store.input.device).long()
         poses = store.batch(index, T, getattr(model, "causal", False))[0]
         return poses, f"{len(index)} test frames of {data.provenance(store.sequences)}"
     shape = (2, *model.grid_shape) if getattr(model, "grid_shape", None) and grid_cells(model) is None else (
         *((T,) if T > 1 else ()), model.num_joints, 2)
-    values = torch.rand(count, *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return values.to(device), f"{count} random inputs, uniform in [-1, 1]"
+    poses = torch.rand(count, *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return poses, f"{count} random inputs, uniform in [-1, 1]"
 
 
 @torch.no_grad()
@@ -744,7 +736,7 @@ def _grid_text(model, label, skeleton):
     shown = ["+".join(map(str, cell)).rjust(4) for cell in grid_cells(model)]
     text = [f"grid, {H} x {P}:"] + [" ".join(shown[i * P:i * P + P]) for i in range(H)]
     links = grid_links(model)
-    bones = sum(tuple(edge) in links for edge in skeleton.edges)
+    bones = sum(edge in links for edge in skeleton.edges)
     text.append(f"neighbours in the grid ({bones} of {len(skeleton.edges)} skeleton links among them):")
     for joint in range(len(skeleton.joints)):
         text.append(f"  {label(joint)}: {', '.join(label(b) for a, b in sorted(links) if a == joint) or 'none'}")
@@ -838,13 +830,10 @@ def draw_inside(model, poses, path):
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     figure.set_size_inches(3.6 * columns, 3.4 * rows)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for ax, panel in zip(axes, [*panels, *[None] * (-len(panels) % columns)]):
-        if panel is None:
-            ax.set_axis_off()
-        else:
-            ax.set_title(panel[0], fontsize=9)
-            panel[1](ax)
+    for place, (title, draw) in enumerate(panels, 1):
+        ax = figure.add_subplot(rows, columns, place)
+        ax.set_title(title, fontsize=9)
+        draw(ax)
     suffix = str(path).rpartition(".")[2].lower()
     if suffix not in figure.canvas.get_supported_filetypes():
         raise InputError(f"--plot {path}: unknown picture format {suffix!r}; png, pdf or svg, for instance")
@@ -857,7 +846,7 @@ def cells_changed(model):
     learnt = getattr(model, "autogrids", None)
     if learnt is None or model.recipe.name == _RELEASED_GRIDCONV["name"]:
         return None
-    start = _layout(model.recipe, model.num_joints, tuple(model.grid_shape))
+    start = _layout(model.recipe, model.num_joints, model.grid_shape)
     return int((start.assignment().argmax(1) != learnt.assignment().cpu().argmax(1)).sum())
 
 
@@ -1008,14 +997,14 @@ def _read_json(path, _):
     if crowded:
         print(f"warning: {path}: {len(crowded)} frames have several people of one number, or of none; the best-scored of each "
               "frame is taken: track them first to lift each", file=sys.stderr)
-    tracks = []
+    names, tracks = list(places), []
     for person, found in people.items():
         span = range(min(found), max(found) + 1, step)
         keypoints = np.full((len(span), *next(iter(shapes))), np.nan)
         for frame, (_, points) in found.items():
             keypoints[span.index(frame)] = points
         tracks.append(Track(person or ("untracked" if len(people) > 1 else "0"), keypoints,
-                            [list(places)[frame] for frame in span] if places else list(span), next(iter(sizes), None),
+                            [names[frame] for frame in span] if places else list(span), next(iter(sizes), None),
                             told if told in LAYOUTS else tell_joints(keypoints) or "coco", step))
     return tracks
 
@@ -1112,26 +1101,25 @@ def one_euro(x, fps, cutoff=2.0, beta=10.0):
 # Lifting a video
 
 def _rule(model, size):
-    """The model's 2D normalisation for images of that size; InputError for a size or a model that cannot be used.
-
-    `release-500` is for Human3.6M's 1000 x 1000: about the centre, in half sides. For other sizes that is `longest`.
-    """
+    """The model's 2D normalisation for images of that size; InputError for a size or a model that cannot be used."""
     recipe = model.recipe
     if recipe.skeleton != "h36m17" or recipe.target != "camera" or recipe.swap_sides:
         raise InputError(f"the checkpoint was trained on {recipe.skeleton} joints{', sides swapped,' * recipe.swap_sides} with the "
                          f"target {recipe.target}; a video's keypoints need one trained on h36m17 joints with the target camera")
     if len(size) != 2 or not all(1 <= side <= 1e6 for side in size):
         raise InputError(f"size {' x '.join(f'{side:g}' for side in size)}: expected width and height in pixels, 1 to a million")
-    return "longest" if recipe.normalise == "release-500" and not all(999 < side < 1003 for side in size) else recipe.normalise
+    return _fitting(recipe.normalise, [size])
+
+
+def _fitting(rule, sizes):
+    """The rule for images of these sizes: `release-500` is for Human3.6M's 1000 x 1000, about the centre, in half sides; for
+    other sizes that is `longest`."""
+    return "longest" if rule == "release-500" and not all(999 < side < 1003 for size in sizes for side in size) else rule
 
 
 def lift(model, keypoints, size, joints=None, flip=None):
     """3D poses (T, 17, 3), float32 metres, root-relative, in the camera frame (x right, y down, z away), of a person's 2D
     keypoints (T, J, 2|3) in pixels of a video of `size` (width, height); gaps and joints as in `prepare`.
-
-        model = load_model("results/gridconv-mocap/best.pt")
-        track = read_keypoints("detections.json")[0]
-        poses = lift(model, track.keypoints, (1920, 1080))
 
     `flip` averages with the mirrored input's poses, by default as the model's recipe does. InputError: what `prepare`
     refuses, an impossible size, a model of other joints or with a target that needs the true root.
@@ -1206,11 +1194,10 @@ def root_trajectory(pose_2d, poses, focal, centre):
 
 def root_error(poses, store):
     """Mean distance in metres between a store's true roots and `root_trajectory` of poses (N, J, 3) with the store's 2D and
-    cameras, their lens distortion ignored."""
-    bounds = np.cumsum([0, *(len(s.pose_2d) for s in store.sequences)])
-    roots = [root_trajectory(s.pose_2d, poses[first:last].double().numpy(), s.intrinsics[:2], s.intrinsics[2:4])
-             for s, first, last in zip(store.sequences, bounds, bounds[1:])]
-    return np.linalg.norm(np.concatenate(roots) - store.root.cpu().numpy(), axis=1).mean()
+    cameras, as drawn where they are random; lens distortion is ignored."""
+    focal, centre = store.normalised_intrinsics(slice(None))[:, None, :4].split(2, -1)  # in the units of store.input
+    roots = root_trajectory(*(array.cpu().double().numpy() for array in (store.input, poses, focal, centre)))
+    return np.linalg.norm(roots - store.root.cpu().numpy(), axis=1).mean()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1237,8 +1224,7 @@ def plot_poses(path, pose_2d, poses, truth=None, fps=30.0, frames=None, columns=
         (f"3D, from {side}", poses[..., axes], None if truth is None else truth[..., axes])
         for side, axes in (("the camera", [0, 1]), ("its right", [2, 1]))]
     figure = _figure(figsize=(7.2, 2.7) if moving else (1.5 * len(shown), 4.7), dpi=100)
-    axes = figure.subplots(*((1, 3) if moving else (3, len(shown))), squeeze=False)
-    axes = axes.T if moving else axes                                           # (views, columns)
+    axes = figure.subplots(*((1, 3) if moving else (3, len(shown))), squeeze=False).reshape(3, -1)  # (views, columns)
     for row, (title, points, _) in zip(axes, views):
         reach = 1.08 * np.abs(points[shown]).max()
         for ax in row:
@@ -1340,10 +1326,11 @@ def pick_device(name=None):
 
 def make_store(recipe, folder, split, device):
     """The recipe's frames of a split ("train" or "test"), on the device; the test split through its own cameras."""
-    rule = "longest" if recipe.cameras == "random" and recipe.normalise == "release-500" else recipe.normalise  # as in `lift`
-    store = data.FrameStore(data.load_dataset(recipe, folder, split), rule, data.SKELETONS[recipe.skeleton],
-                            device, target=recipe.target, cameras=recipe.cameras, noise=recipe.noise,
-                            missing=recipe.missing, swap_sides=recipe.swap_sides)
+    sequences = data.load_dataset(recipe, folder, split)
+    sizes = {s.size for s in sequences} if recipe.cameras == "recorded" else [(0, 0)]  # of any size, not drawn yet
+    store = data.FrameStore(sequences, _fitting(recipe.normalise, sizes), data.SKELETONS[recipe.skeleton], device,
+                            target=recipe.target, cameras=recipe.cameras, noise=recipe.noise, missing=recipe.missing,
+                            swap_sides=recipe.swap_sides)
     if split == "test":
         store.redraw(data.TEST_DRAW)
     return store
@@ -1382,6 +1369,8 @@ def evaluate_command(argv):
     recipe = model.recipe
     if recipe.keypoints is None:
         raise InputError(f"{args.checkpoint}: the file does not say its 2D poses: give --keypoints, as gt or cpn_ft_h36m_dbb")
+    if recipe.data in ("3dhp", "synthetic"):                                    # they have no other 2D
+        recipe.keypoints = "gt"
     flip = recipe.flip_test if args.flip is None else args.flip
     store = load_store(model, args.data, "test", device)
     source = data.provenance(store.sequences)
@@ -1394,8 +1383,8 @@ def evaluate_command(argv):
         print(f"no yardsticks: {error}", file=sys.stderr)
     print(f"{args.checkpoint}: {recipe.name}, {recipe.keypoints} 2D, {'with' if flip else 'without'} flip averaging\n")
     print(report(result, source, recipe, yardstick))
-    if recipe.target == "camera" and torch.isfinite(store.intrinsics).all():
-        off, least = (root_error(pose, store) for pose in (poses, store.pose_3d.cpu()))
+    if recipe.target == "camera" and not recipe.swap_sides and torch.isfinite(store.intrinsics).all():
+        off, least = (root_error(pose, store) for pose in (poses, store.pose_3d))
         print(f"\nRoot's position from 2D, poses and focal length: off by {off:.3f} m on average, with true poses {least:.3f} m.")
     if args.json:
         kept = {"checkpoint": str(args.checkpoint), "data": source, "flip": flip, "yardsticks": yardstick, **result,

@@ -37,7 +37,7 @@ TEMPORAL_KERNEL = 9  # Gamma; the release's, where the paper says 9 in one place
 
 
 def spatial_partition(edges, num_joints, normalisation="column"):
-    """The fixed graphs A_k of Eq. 1: (3, J, J) float64 for the joint itself, its inward and its outward links.
+    """The fixed graphs A_k of Eq. 2: (3, J, J) float64 for the joint itself, its inward and its outward links.
 
     edges: (parent, child) pairs; they need to connect all joints, not to be a tree. A[1][parent, child] = 1, so x @ A
     gives a child its parent's feature, and A[2] is the transpose.
@@ -99,7 +99,7 @@ class AdaptiveGraphConv(nn.Module):
         self.exact_A = A
         self.register_buffer("A", A.to(torch.get_default_dtype()), persistent=False)
         self.B = nn.Parameter(torch.full_like(self.A, 1e-6 if adaptive else 1))
-        self.embedding = max(c_out // 4, 1) if c_out >= 4 else 3  # channels of theta and phi
+        self.embedding = c_out // 4 or 3  # channels of theta and phi, as released
         self.embed = conv2d(c_in, 6 * self.embedding) if adaptive else None  # theta_0..2, phi_0..2 in one product
         if adaptive:  # the fan-out of one embedding, not of all six
             nn.init.normal_(self.embed.weight, std=math.sqrt(2 / self.embedding))
@@ -150,8 +150,8 @@ class AdaptiveGraphConv(nn.Module):
 class AGCNBlock(nn.Module):
     """AGCN(C_in, C_out, S): adaptive graph convolution, temporal convolution and batch norm, shortcut, ReLU.
 
-    Features (B, C_in, J, T) -> (B, C_out, J, ceil(T / stride)). The temporal convolution has 9 taps about each output's
-    first frame. residual=False leaves the shortcut out, relu=False the last ReLU.
+    Features (B, C_in, J, T) -> (B, C_out, J, ceil(T / stride)). The temporal convolution has 9 taps; those of output frame t
+    are centred on input frame stride * t. residual=False leaves the shortcut out, relu=False the last ReLU.
     """
 
     def __init__(self, c_in, c_out, A, stride=1, residual=True, relu=True, dropout=0.1, adaptive=True):
@@ -231,8 +231,6 @@ class IndividuallyConnected(nn.Module):
     def forward(self, v):
         shared = 0 if self.W_shared is None else v @ self.W_shared + self.b_shared              # Eq. 6
         unshared = 0 if self.W is None else torch.einsum("bjc,jco->bjo", v, self.W) + self.b    # Eq. 5
-        if self.W is None or self.W_shared is None:
-            return shared + unshared
         return self.unshared_weight * unshared + (1 - self.unshared_weight) * shared            # Eq. 7
 
 

@@ -256,8 +256,8 @@ class GridConv(nn.Module):
         mixes, classes = _taps(modes, self.grid_shape, kernel_size)
         taps = kernel_size ** 2
         self.classes = [(len(cells), len(kernels)) for kernels, cells in classes.items()]  # (cells, taps) of each
-        # Where each cell stands among the classes' outputs. A list, not an index_select: of its gradient's index_add the
-        # C++ that torch.compile writes (2.13, two threads) stores outside the array.
+        # Where each cell stands among the classes' outputs. A list: for the gradient of an index_select here torch.compile
+        # (2.13, two threads) writes C++ that stores outside the array.
         self.order = torch.tensor([cell for cells in classes.values() for cell, _ in cells]).argsort().tolist()
         self.multiply_first = 4 * out_channels < in_channels
         products = [(cell, mix * taps + tap, source, cell * taps + tap) for kernels, cells in classes.items()
@@ -384,7 +384,8 @@ class GridLiftingNetwork(nn.Module):
     forward_grid works. kernel_sizes (a, (b, c), d): the expanding layer, the two layers of a block, the shrinking one
     (Table E). padding: the branches of every layer, see GridConv. attention: "grid" is D-GridConv, None vanilla
     GridConv, "channel", "spatial" and "spatial+channel" the other designs of Figure 8.
-    ValueError: what assignment_matrix and GridConv refuse, a layout of another size, an unknown attention.
+    ValueError: what assignment_matrix and GridConv refuse, a layout of another size, neither layout nor grid_shape, an
+    unknown attention, a pose of another shape, a pose where there is no layout.
     """
 
     receptive_field = 1  # frames
@@ -585,9 +586,10 @@ class TemporalGridLiftingNetwork(GridLiftingNetwork):
     VideoPose3D (Pavllo et al. 2019) with 3D D-GridConv in place of its convolutions: an expanding layer, then a residual
     block for each further filter width, of K_t = width and then K_t = 1, whose shortcut takes the centre frame of each
     group; T = receptive_field is the product of the widths. One assignment serves all frames.
-    With its defaults 38,063,324 parameters (Table C: 38.1 M). Ours, where the paper is silent: every frame of a kernel
-    has an attention of its own, fed by the frame it reads (one for all frames would make 38.0 M); dropout takes whole
-    channels, and the shrinking layer has K_t = 1 and K_s = 3, as in the single-frame network.
+    With its defaults 38,063,324 parameters (Table C: 38.1 M, which fits hidden = 512; no C is printed). Ours, where the
+    paper is silent: every frame of a kernel has an attention of its own, fed by the frame it reads (one for all frames
+    would make 38.0 M); dropout takes whole channels, and the shrinking layer has K_t = 1 and K_s = 3, as in the
+    single-frame network.
     ValueError: what GridLiftingNetwork refuses; a filter width that is even or below 1, or a product of 1.
     """
 

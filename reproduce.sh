@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bash reproduce.sh              set up, train, evaluate, print paper against measured
-# bash reproduce.sh --test       set up, then the whole test suite
+# bash reproduce.sh --test       set up, then the tests (the long ones too: --test -m 'slow or not slow')
 #
 # With Human3.6M in data/ (or in the folder that DATA names) this runs the headline rows of both papers, on one CUDA GPU
 # or on a CPU. Without it, the same pipeline runs on the embedded procedural motion, in minutes on two CPU cores. It says

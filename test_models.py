@@ -2748,6 +2748,18 @@ def test_data_random_cameras_are_normalised_as_lift_does(run_folder):
         np.testing.assert_allclose(store.input[here], data.normalise(pixels, size, rule), atol=1e-5)
 
 
+def test_data_images_of_another_size_are_normalised_as_lift_does(monkeypatch, synthetic):
+    recipe = tiny_recipe()
+    for scale, rule in ((1, "release-500"), (2.048, "longest")):
+        larger = [dataclasses.replace(s, pose_2d=s.pose_2d * scale, size=tuple(round(side * scale) for side in s.size))
+                  for s in synthetic[:2]]
+        monkeypatch.setattr(data, "load_dataset", lambda *_: larger)
+        store = evaluation.make_store(recipe, "", "train", "cpu")
+        assert evaluation._rule(SimpleNamespace(recipe=recipe), larger[0].size) == rule
+        np.testing.assert_allclose(store.input[:len(larger[0].pose_2d)],
+                                   data.normalise(larger[0].pose_2d, larger[0].size, rule), atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["gridconv-wild", "glagcn-wild"])
 def test_data_wild_recipes_train_and_are_measured_through_test_cameras(run_folder, name, capsys):
     recipe = dataclasses.replace(train.RECIPES[name], data="synthetic", epochs=0.002, hidden=4, channels=4)
@@ -3358,6 +3370,14 @@ def test_eval_report_quotes_the_paper_only_for_human36m():
     assert "173.31" in evaluation.report(result, "mocap", recipe, {"mean_pose": 173.31, "affine": 69.9})
 
 
+def test_eval_paper_figures_are_of_the_2d_trained_on(tmp_path):
+    path, recipe = tmp_path / "best.pt", _ev_recipe(keypoints="gt", paper_mpjpe=37.1, row="Table 5")
+    _ev_save(evaluation.build_model(recipe), path)
+    for options, shown in (({}, True), ({"keypoints": "gt"}, True), ({"keypoints": "hrnet"}, False)):
+        text = evaluation.report(_ev_result(evaluation.ACTIONS), "Human3.6M", evaluation.load_model(path, **options).recipe)
+        assert ("37.10" in text) == shown == ("Table 5" in text)
+
+
 def test_eval_report_of_humaneva_by_action_and_subject():
     store = _ev_store((("Validate/S1", "Walking 1 chunk0", 3), ("Validate/S2", "Walking 1 chunk0", 2),
                        ("Validate/S1", "Walking 1 chunk3", 4), ("Validate/S2", "Jog 1 chunk0", 2)), "humaneva15")
@@ -3865,6 +3885,10 @@ def test_root_trajectory_is_the_least_squares_solution(synthetic):
     assert evaluation.root_error(store.pose_3d, store) < 1e-4
     larger = 0.1 * store.root.norm(dim=1).mean().item()
     assert evaluation.root_error(1.1 * store.pose_3d, store) == pytest.approx(larger, rel=0.02)
+    store = FrameStore(synthetic[:8], "longest", SKELETONS["h36m17"], cameras="random")    # their rays, not the recorded ones'
+    assert evaluation.root_error(store.pose_3d, store) < 1e-4
+    noisy = FrameStore(synthetic[:8], "longest", SKELETONS["h36m17"], noise=0.05)          # and the 2D that the model saw
+    assert evaluation.root_error(noisy.pose_3d, noisy) > 2 * evaluation.root_error(store.pose_3d, store) + 0.1
 
 
 # ---- eval: the lift and export commands, pictures
