@@ -31,6 +31,7 @@ import time
 import traceback
 import types
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,10 +44,6 @@ import torch
 
 class InputError(ValueError):
     """Bad input of any kind: one line that names the file or argument, what was found and expected, and what to do."""
-
-
-class Missing(InputError):
-    """A file that is not there."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,6 +73,17 @@ def run(main):
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def described(expected, remedy):
+    """Around what takes a file's content apart: any error of a structure that is not as expected says so."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{expected} ({error}); {remedy}") from None
 
 
 def write_atomically(path, write, previous=None):
@@ -116,7 +124,7 @@ def _existing(path, remedy):
         with open(path, "rb"):
             return path
     except FileNotFoundError:
-        raise Missing(f"{path}: not found; {remedy}") from None
+        raise InputError(f"{path}: not found; {remedy}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); allow it, or name another") from None
 
@@ -347,11 +355,6 @@ class Sequence:
 
 
 UNKNOWN_INTRINSICS = np.full(9, np.nan)
-
-
-def action_class(action):
-    """The kind of action in a sequence's name: `Directions 1` -> `Directions`."""
-    return action.split(" ")[0]
 
 
 def _check_finite(array, where):
@@ -662,16 +665,10 @@ _TORCH = {("torch._utils", "_rebuild_tensor"): _torch_tensor, ("torch._utils", "
 class _Inert:
     """Stands for an object of an unknown class: takes any arguments and state, does nothing."""
 
-    def __new__(cls, *_, **__):
-        return object.__new__(cls)
-
     def __init__(self, *_, **__):
         pass
 
-    def _ignore(self, *_):
-        pass
-
-    __setstate__ = append = extend = add = update = __setitem__ = _ignore
+    __setstate__ = append = extend = add = update = __setitem__ = __init__
 
 
 def _unpickle(file, admitted, inert=False, storage=None):
@@ -931,20 +928,18 @@ def read_bvh(path):
     values, seconds = _read_motion(lines, sum(map(len, channels)), path)
     column, turns, positions = 0, [], np.empty((len(values), len(names), 3))
     for joint, parent in enumerate(parents):
-        offset, turn = np.tile(offsets[joint], (len(values), 1)), None
+        offset, turn = np.tile(offsets[joint], (len(values), 1)), np.eye(3)
         for axis, kind in channels[joint]:
             if kind == "position":
                 offset[:, "XYZ".index(axis)] = values[:, column]
             else:
-                step = _turns(axis, values[:, column])
-                turn = step if turn is None else turn @ step
+                turn = turn @ _turns(axis, values[:, column])
             column += 1
-        if parent < 0:
-            positions[:, joint] = offset
-        else:
-            positions[:, joint] = positions[:, parent] + (turns[parent] @ offset[..., None])[..., 0]
-            turn = turns[parent] if turn is None else turns[parent] @ turn
-        turns.append(np.tile(np.eye(3), (len(values), 1, 1)) if turn is None else turn)
+        if parent >= 0:
+            offset = positions[:, parent] + (turns[parent] @ offset[..., None])[..., 0]
+            turn = turns[parent] @ turn
+        positions[:, joint] = offset
+        turns.append(turn)
     return tuple(names), positions, 1 / seconds
 
 
@@ -983,13 +978,12 @@ def _seventeen_joints(names, positions, mapping, path):
     if missing:
         raise InputError(f"{path}: no joint known for {', '.join(missing)}; pass --map FILE.json with "
                          f'{{"{missing[0]}": "its name", ...}}; it has: {", ".join(names)}')
-    joint = lambda ours: positions[:, found[ours]]
-    if "head" in found:
-        head = joint("head")
-    else:
-        end = next((at[name] for name in ("HeadTop_End", "Head_end") if name in at and "UpperLeg_L" not in at), None)
-        head = 2 * joint("neck") - joint("thorax") if end is None else positions[:, end]
-    return np.stack([head if ours == "head" else joint(ours) for ours in SKELETONS["h36m17"].joints], 1)
+    for end in ("HeadTop_End", "Head_end"):
+        if end in at and "UpperLeg_L" not in at:
+            found.setdefault("head", at[end])
+    place = {ours: positions[:, theirs] for ours, theirs in found.items()}
+    place.setdefault("head", 2 * place["neck"] - place["thorax"])
+    return np.stack([place[ours] for ours in SKELETONS["h36m17"].joints], 1)
 
 
 def _resample(positions, fps, rate):
@@ -1039,7 +1033,7 @@ def convert_bvh(folder, out="data", name="mocap", test="", mapping=None, scale="
     if len(set(held_out)) == 1:
         raise InputError(f"--test {test!r} matches {'all' if held_out[0] else 'none'} of the {len(paths)} clips in "
                          f"{folder}, such as {paths[0].name}; some must be left for training and some for the test")
-    world, image, rate, rigs = [], [], [], list(H36M_EXTRINSICS)
+    world, image, rate, rigs = [], [], [], list(H36M_EXTRINSICS.values())
     for i, path in enumerate(paths):
         names, positions, recorded = read_bvh(path)
         pose = _seventeen_joints(names, positions, mapping, path)
@@ -1055,11 +1049,11 @@ def convert_bvh(folder, out="data", name="mocap", test="", mapping=None, scale="
         pelvis = pose[:, 0, :2]
         moved = np.clip(pelvis - pelvis.mean(0), -volume, volume) - pelvis
         pose[..., :2] += moved[:, None]
-        views = [world_to_camera(pose, extrinsics) for extrinsics in H36M_EXTRINSICS[rigs[i % len(rigs)]]]
+        views = [world_to_camera(pose, extrinsics) for extrinsics in rigs[i % len(rigs)]]
         if not min(view[..., 2].min() for view in views) > 0.5:
             raise InputError(f"{path}: a joint comes within 0.5 m of a camera or behind it; give a smaller --volume, "
                              f"or the unit by --scale (legs are {leg * metres:.2f} m long)")
-        _check_finite(pose.astype(np.float32), path)
+        _check_finite(pose, path)
         world.append(pose.astype(np.float32))
         image.append(np.stack([project(v, k) for v, k in zip(views, H36M_INTRINSICS)]).astype(np.float32))
         rate.append(fps or recorded)
@@ -1076,7 +1070,7 @@ def convert_bvh(folder, out="data", name="mocap", test="", mapping=None, scale="
     pose_3d = dict(same, positions_3d=np.concatenate(world), joints=SKELETONS["h36m17"].joints, subjects=subjects,
                    actions=actions, split=split, fps=np.array(rate), source=source, cameras=H36M_CAMERAS,
                    sizes=np.array(H36M_SIZES), intrinsics=H36M_INTRINSICS,
-                   extrinsics=np.stack([H36M_EXTRINSICS[rigs[i % len(rigs)]] for i in range(len(paths))]))
+                   extrinsics=np.stack([rigs[i % len(rigs)] for i in range(len(paths))]))
     pose_2d = dict(same, positions_2d=np.concatenate(image, 1))  # (4, frames, 17, 2) pixels
 
     def both(file):  # the second file inside the first one's writing: if either fails, neither appears
@@ -1093,7 +1087,7 @@ def load_mocap(folder, name="mocap", keypoints="gt", split="train"):
     remedy = f"python data.py bvh FOLDER --out {folder} --name {name} --test REGEX makes it"
     paths = [Path(folder) / f"data_3d_{name}.npz", Path(folder) / f"data_2d_{name}_{keypoints}.npz"]
     space, image = (read_npz(path, remedy) for path in paths)
-    try:
+    with described(f"{paths[0]}, {paths[1]}: not as this project writes them", remedy):
         bounds, clips, world, pixels = space["offsets"], space["clips"], space["positions_3d"], image["positions_2d"]
         if not (list(image["clips"]) == list(clips) and list(image["offsets"]) == list(bounds)
                 and pixels.shape[1] == len(world) == bounds[-1]):
@@ -1108,10 +1102,6 @@ def load_mocap(folder, name="mocap", keypoints="gt", split="train"):
                           intrinsics=space["intrinsics"][c], size=tuple(space["sizes"][c].tolist()),
                           fps=float(space["fps"][i]), source=str(space["source"]), extrinsics=space["extrinsics"][i, c])
                 for i in chosen for c, camera in enumerate(space["cameras"])]
-    except InputError:
-        raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{paths[0]}, {paths[1]}: not as this project writes them ({error}); {remedy}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1305,10 +1295,10 @@ def load_h36m(folder, keypoints="gt", subjects=SPLITS["train"], joints=17):
             folder, "h36m", keypoints, subjects, H36M_CAMERAS, REGISTER["Human3.6M"]):
         if subject not in H36M_EXTRINSICS:
             raise InputError(f"subject {subject}: no cameras known; choose among {', '.join(H36M_EXTRINSICS)}")
-        select = lambda pose: pose[:, H36M_17_OF_32] if joints == 17 and pose.shape[1:2] == (32,) else pose
+        select = lambda pose: pose[:, H36M_17_OF_32] if joints == 17 and pose.shape[1] == 32 else pose
         for c, (camera, pixels) in enumerate(zip(H36M_CAMERAS, views)):
             points = world_to_camera(select(world), H36M_EXTRINSICS[subject][c])
-            if pixels is None or (keypoints == "gt" and joints == 32 and np.shape(pixels)[1:2] == (17,)):
+            if pixels is None or (keypoints == "gt" and joints == 32 and pixels.shape[1] == 17):
                 pixels = project(points, H36M_INTRINSICS[c])
             sequences.append(_sequence(path, select(pixels), points, 0, subject=subject, action=action,
                                        camera=camera, intrinsics=H36M_INTRINSICS[c], size=H36M_SIZES[c], fps=H36M_FPS,
@@ -1332,7 +1322,7 @@ def load_gridconv(folder, split="train", keypoints="gt"):
         raise InputError(f"{paths[0]} and {paths[1].name}: not two dictionaries of the same sequences; {remedy}")
     sequences, source, both = [], _layout("Human3.6M", False), f"{paths[0]} and {paths[1].name}"
     for key, pixels in image.items():
-        try:
+        with described(f"{paths[1]}: {key}: not as GridConv's archives are", remedy):
             subject, _, (action, _, camera) = key[0], key[1], key[2].rpartition(".")
             pelvis, focal_centre = np.asarray(space[key]["pelvis"]), np.asarray(space[key]["camera"]).reshape(-1, 4)[0]
             joints = np.asarray(space[key]["joint_3d" if "joint_3d" in space[key] else "joints_3d"])
@@ -1340,8 +1330,6 @@ def load_gridconv(folder, split="train", keypoints="gt"):
             pixels = np.asarray(pixels).reshape(len(pixels), 17, 2)
             size = H36M_SIZES[H36M_CAMERAS.index(camera)]
             intrinsics = np.concatenate((focal_centre, np.zeros(5))).astype(np.float32)
-        except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{paths[1]}: {key}: not as GridConv's archives are ({error}); {remedy}") from None
         sequences.append(_sequence(
             both, pixels, points, 0, cut=False, subject=subject, action=action, camera=camera,
             intrinsics=intrinsics, size=size, fps=H36M_FPS, source=source))
@@ -1379,7 +1367,7 @@ def load_3dhp(folder, split="train"):
     path, sequences = Path(folder) / f"data_{split}_3dhp.npz", []
     recordings, made = _nested(path, "data", REGISTER["MPI-INF-3DHP"])
     for name, recording in recordings.items():
-        try:
+        with described(f"{path}: {name}: not in P-STMO's layout", REGISTER["MPI-INF-3DHP"]):
             subject, _, action = name.partition(" ")
             views, fps = ({"0": recording}, np.nan) if split == "test" else recording
             size = (1920, 1080) if subject in ("TS5", "TS6") else (2048, 2048)
@@ -1393,10 +1381,6 @@ def load_3dhp(folder, split="train"):
                 sequences.append(_sequence(path, view["data_2d"], points, 14, valid=valid, cut=False, subject=subject,
                                            action=action or subject, camera=str(camera), size=size, fps=float(fps),
                                            intrinsics=UNKNOWN_INTRINSICS, source=_layout("MPI-INF-3DHP", made)))
-        except InputError:
-            raise
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{path}: {name}: not in P-STMO's layout ({error}); {REGISTER['MPI-INF-3DHP']}") from None
     return sequences
 
 
@@ -1523,13 +1507,12 @@ def check_folder(folder):
         lines.append(f"{title}, 2D {keypoints}: " + ("not here; it would allow " if missing else "allows ") + allows)
         if missing:
             lines.append(f"    missing: {', '.join(missing)}; {REGISTER.get(source, source)}")
-        for split in SPLITS if not missing or kind == "3dhp" and len(missing) == 1 else ():
+        found = SPLITS if not missing else [split for split, path in zip(SPLITS, paths) if kind == "3dhp" and path.exists()]
+        for split in found:
             try:
                 part = load_dataset(recipe, folder, split)
                 lines.append(f"    {split}: {len(part)} sequences, {sum(len(s.pose_3d) for s in part):,} frames; "
                              f"{provenance(part)}")
-            except Missing:
-                pass
             except InputError as error:
                 lines.append(f"    {split}: cannot be used: {error}")
                 unusable += 1
@@ -1589,43 +1572,37 @@ def main():
     bvh.add_argument("--name", default="mocap", help="what the set is called; the recipes read the one called mocap")
     bvh.add_argument("--test", required=True, help="regular expression: matching clips are the test set")
     bvh.add_argument("--map", help="JSON file {our joint: its joint} for unusual skeletons")
-    bvh.add_argument("--scale", default="auto", help="metres a file unit, or auto: legs of 0.90 m (auto)")
+    bvh.add_argument("--scale", type=auto_or_metres, default="auto", help="metres a file unit, or auto: legs of 0.90 m (auto)")
     bvh.add_argument("--up", default="y", choices=("y", "z"), help="the file's upward axis (y)")
-    bvh.add_argument("--fps", type=float, help="resample to this rate (as recorded)")
-    bvh.add_argument("--volume", type=float, default=CAPTURE_VOLUME, help="the pelvis stays within +- this (1.5 m)")
+    bvh.add_argument("--fps", type=positive_number, help="resample to this rate (as recorded)")
+    bvh.add_argument("--volume", type=positive_number, default=CAPTURE_VOLUME, help="the pelvis stays within +- this (1.5 m)")
     check = commands.add_parser("check", help="what a data folder holds and allows to reproduce")
     check.add_argument("folder")
     size = commands.add_parser("scale", help="seconds and memory of loading motion of Human3.6M's size")
     size.add_argument("--frames", type=int, default=2_103_360, help="over the four cameras (2,103,360)")
-    options = vars(parser.parse_args())
-    if options["command"] == "scale":
-        print(scale(options["frames"]))
-        return
-    if options.pop("command") == "check":
-        lines, unusable = check_folder(options["folder"])
+    args = parser.parse_args()
+    if args.command == "scale":
+        print(scale(args.frames))
+    elif args.command == "check":
+        lines, unusable = check_folder(args.folder)
         print("\n".join(lines))
         if unusable:
-            raise InputError(f"{options['folder']}: {unusable} of the sets found cannot be used; see above")
-        return
-    for key in ("scale", "fps", "volume"):
-        if options[key] not in ("auto", None):
-            try:
-                options[key] = float(options[key])
-            except ValueError:
-                raise InputError(f"--scale {options[key]!r}: expected auto or metres a file unit") from None
-            if not 0 < options[key] < np.inf:
-                raise InputError(f"--{key} {options[key]:g}: must be a number above 0")
-    options["mapping"] = _read_mapping(options.pop("map"))
-    print(convert_bvh(**options))
+            raise InputError(f"{args.folder}: {unusable} of the sets found cannot be used; see above")
+    else:
+        mapping = read_json(args.map) if args.map else {}
+        if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
+            raise InputError(f'{args.map}: expected {{"our joint": "its joint", ...}}')
+        print(convert_bvh(args.folder, args.out, args.name, args.test, mapping, args.scale, args.up, args.fps, args.volume))
 
 
-def _read_mapping(path):
-    if path is None:
-        return None
-    mapping = read_json(path)
-    if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
-        raise InputError(f'{path}: expected {{"our joint": "its joint", ...}}')
-    return mapping
+def positive_number(text):  # an option's type: argparse names option and type where this is a ValueError
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
+def auto_or_metres(text):
+    return text if text == "auto" else positive_number(text)
 
 
 if __name__ == "__main__":

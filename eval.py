@@ -413,7 +413,7 @@ def score(prediction, store):
     for sequence in store.sequences:
         part = slice(start, start + len(sequence.pose_3d))
         p, t, valid = prediction[part], target[part], store.valid[part].cpu()
-        action, subject, start = data.action_class(sequence.action), sequence.subject, part.stop
+        action, subject, start = sequence.action.split(" ")[0], sequence.subject, part.stop  # "Walking 1": Walking
         errors = _distance(p, t)[valid]                                         # (valid frames, J)
         velocity = _distance(p.diff(dim=0), t.diff(dim=0))[valid[1:] & valid[:-1]]
         aligned, scaled = (_distance(move(p[valid], t[valid]), t[valid]) for move in (align, rescale))
@@ -1324,8 +1324,13 @@ def pick_device(name=None):
     return device
 
 
-def make_store(recipe, folder, split, device):
-    """The recipe's frames of a split ("train" or "test"), on the device; the test split through its own cameras."""
+def make_store(recipe, folder, split, device="cpu"):
+    """The recipe's frames of a split ("train" or "test"), on the device; the test split through its own cameras. InputError
+    where the data's joints are not the recipe's."""
+    fitting = DATASETS.get(recipe.data, (recipe.skeleton,))
+    if recipe.skeleton not in fitting:
+        raise InputError(f"the model lifts the joints of {recipe.skeleton}, {recipe.data} data has those of "
+                         f"{' or '.join(fitting)}: take other data (--dataset) or, to train, another --skeleton")
     sequences = data.load_dataset(recipe, folder, split)
     sizes = {s.size for s in sequences} if recipe.cameras == "recorded" else [(0, 0)]  # of any size, not drawn yet
     store = data.FrameStore(sequences, _fitting(recipe.normalise, sizes), data.SKELETONS[recipe.skeleton], device,
@@ -1334,15 +1339,6 @@ def make_store(recipe, folder, split, device):
     if split == "test":
         store.redraw(data.TEST_DRAW)
     return store
-
-
-def load_store(model, folder, split, device="cpu"):
-    """The frame store of the dataset that a model's recipe names; InputError where its joints are not the model's."""
-    recipe, fitting = model.recipe, DATASETS.get(model.recipe.data, (model.recipe.skeleton,))
-    if recipe.skeleton not in fitting:
-        raise InputError(f"the model lifts the joints of {recipe.skeleton}, {recipe.data} data has those of "
-                         f"{' or '.join(fitting)}: evaluate it on other data (--dataset)")
-    return make_store(recipe, folder, split, device)
 
 
 def evaluate_command(argv):
@@ -1372,12 +1368,12 @@ def evaluate_command(argv):
     if recipe.data in ("3dhp", "synthetic"):                                    # they have no other 2D
         recipe.keypoints = "gt"
     flip = recipe.flip_test if args.flip is None else args.flip
-    store = load_store(model, args.data, "test", device)
+    store = make_store(recipe, args.data, "test", device)
     source = data.provenance(store.sequences)
     poses = predict(model, store, flip=flip)
     result = score(poses, store)
     try:
-        yardstick = yardsticks(load_store(model, args.data, "train", device), store)
+        yardstick = yardsticks(make_store(recipe, args.data, "train", device), store)
     except (InputError, OSError) as error:                                      # training data need not be at hand
         yardstick = None
         print(f"no yardsticks: {error}", file=sys.stderr)
@@ -1402,7 +1398,7 @@ def inspect_command(argv):
     args = parser.parse_args(argv)
     model = _load(args, data=args.dataset)
     model.recipe.keypoints = model.recipe.keypoints or "gt"                     # a release's file does not say
-    poses, said = probes(model, None if args.data is None else load_store(model, args.data, "test"))
+    poses, said = probes(model, None if args.data is None else make_store(model.recipe, args.data, "test"))
     print(inspect(model, poses, said))
     if args.plot:
         draw_inside(model, poses, args.plot)

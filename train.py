@@ -244,9 +244,8 @@ class Ranger(torch.optim.RAdam):
 
     @torch.no_grad()
     def step(self, closure=None):
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure else None
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         fresh = [(p, p.clone()) for p in params if not self.state[p]]
         super().step()
@@ -255,7 +254,7 @@ class Ranger(torch.optim.RAdam):
         for p in params:
             if self.state[p]["step"] % 6 == 0:
                 p.copy_(self.state[p]["slow"].lerp_(p, 0.5))
-        return None if closure is None else loss
+        return loss
 
 
 ranger = Ranger  # ranger(params, lr)
@@ -264,9 +263,9 @@ ranger = Ranger  # ranger(params, lr)
 def make_optimizer(recipe, *modules):
     """The recipe's optimiser (adam, amsgrad or ranger) over the modules' parameters; S_prob has a rate of its own."""
     named = [pair for module in modules for pair in module.named_parameters()]
-    groups = [{"params": [p for name, p in named if name.endswith("s_prob") == grid], "scale": recipe.grid_lr if grid else 1.0}
-              for grid in (False, True)]
-    groups = [group for group in groups if group["params"]]
+    groups = [{"params": [p for name, p in named if not name.endswith("s_prob")], "scale": 1.0}]
+    if s_prob := [p for name, p in named if name.endswith("s_prob")]:
+        groups.append({"params": s_prob, "scale": recipe.grid_lr})
     if recipe.optimizer == "ranger":
         return ranger(groups, recipe.lr)
     fused = all(p.is_cuda for _, p in named) or None  # one kernel for all parameters; None: what torch does by itself
@@ -303,14 +302,12 @@ def norm_momentum(epoch, epochs):
 def batch_loss(model, store, index, flip, recipe, stage_one=False):
     """The recipe's loss for the frames `index` (B,) of a store, those with `flip` mirrored, and what was predicted."""
     T = model.receptive_field
-    if stage_one:  # global plus local loss (GLA-GCN section 3.2)
-        pose, sequence = store.batch(index, T, flip=flip, all_targets=True)
-        sequence = jitter(sequence) if recipe.jitter else sequence
-        local, reconstructed = model(pose, return_sequence=True)
-        return mean_distance(local, sequence[:, T // 2]) + mean_distance(reconstructed, sequence), local
-    pose, target = store.batch(index, T, getattr(model, "causal", False), flip)
+    pose, target = store.batch(index, T, getattr(model, "causal", False), flip, all_targets=stage_one)
     if recipe.jitter:
         target = jitter(target)
+    if stage_one:  # global plus local loss (GLA-GCN section 3.2), on whole sequences
+        local, sequence = model(pose, return_sequence=True)
+        return mean_distance(local, target[:, T // 2]) + mean_distance(sequence, target), local
     if recipe.loss == "grid":  # the release's loss with a handcrafted layout: both sides on the grid
         S, shape = model.assignment(), model.grid_shape
         grid = model.forward_grid(gridconv.sgt(pose, S, shape))
@@ -428,11 +425,12 @@ def check_recipe(recipe):
                         "norm_schedule: only glagcn and gridconv-temporal have one"),
                        (recipe.reconstruct and recipe.method != "glagcn", "reconstruct: only glagcn has a sequence head"),
                        (recipe.reconstruct and recipe.causal, "causal: a causal model has no sequence to reconstruct"),
-                       (recipe.reconstruct != (0 < recipe.stage_one_epochs < recipe.epochs),
+                       (not 0 < recipe.stage_one_epochs < recipe.epochs if recipe.reconstruct else recipe.stage_one_epochs,
                         f"stage_one_epochs: {recipe.stage_one_epochs:g} of {recipe.epochs:g} epochs; with reconstruct more than 0 "
                         "and fewer than all, without it 0"),
                        (recipe.micro_batch == 1, "micro_batch: 1, expected at least 2 for batch norm, or 0"),
                        (recipe.swap_sides and recipe.refine, "refine: needs the joints' own 2D, so no swap_sides"),
+                       (recipe.refine and recipe.data in ("humaneva", "3dhp"), f"refine: {recipe.data} gives no intrinsics"),
                        (recipe.refine and (recipe.loss == "grid" or recipe.target == "uvd"),
                         "refine: needs poses in the camera frame, so target camera and a loss on joints")):
         if wrong:
@@ -453,6 +451,10 @@ class Run:
             raise InputError(f"batch: {recipe.batch} for {world} processes, at least two samples each expected")
         if recipe.sync_norm and (world == 1 or device.type != "cuda"):
             raise InputError("sync_norm: needs several processes on GPUs (torchrun), torch has none on the CPU")
+        if device.type == "cuda":  # also back again: another run of this process may have set it
+            exact = recipe.precision == "float32"
+            torch.set_float32_matmul_precision("highest" if exact else "high")
+            torch.backends.cudnn.allow_tf32 = not exact  # torch's default takes TF32 for convolutions
         torch.manual_seed(recipe.seed)
         self.rank, self.world = rank, world
         self.recipe, self.store, self.out, self.device, self.trained_on = recipe, store, Path(out), device, trained_on
@@ -503,11 +505,6 @@ class Run:
         if self.rank == 0:
             data.write_atomically(self.out / "last.pt", lambda file: torch.save(state, file), self.out / "previous.pt")
 
-    def save_best(self, epoch, scores):
-        """best.pt: the weights that were best on the test set so far, as eval.load_model reads them."""
-        self.best = {"epoch": epoch, **scores}
-        data.write_atomically(self.out / "best.pt", lambda file: torch.save({**self.weights(), "epoch": epoch}, file))
-
     def resume(self):
         """Continue from last.pt where there is one. InputError: it belongs to another recipe or other data."""
         path = self.out / "last.pt"
@@ -515,7 +512,7 @@ class Run:
             return
         remedy = "remove it, or give another --out"
         state = data.read_torch(path, remedy=remedy)
-        try:
+        with data.described(f"{path}: not the state of a run", remedy):
             theirs, ours = state["recipe"], dataclasses.asdict(self.recipe)
             differ = [f"{k} {reprlib.repr(theirs.get(k))} there, {v!r} here" for k, v in ours.items() if theirs.get(k) != v]
             if differ:
@@ -541,10 +538,6 @@ class Run:
             torch.set_rng_state(random)
             if random_cuda is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(random_cuda, self.device)
-        except InputError:
-            raise
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: not the state of a run ({error}): {remedy}") from None
 
     def begin_epoch(self, epoch):
         """What changes between epochs: random cameras and batch-norm momentum."""
@@ -598,7 +591,7 @@ class Run:
         if recipe.clip:
             nn.utils.clip_grad_norm_(self.objective.parameters(), recipe.clip)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.losses[self.step % self.epoch_steps] = total
         self.step += 1
 
@@ -678,9 +671,7 @@ class Signals:
         """function(*arguments), or None where a signal came before or ended it."""
         try:
             self.at_once = True
-            if self.caught:
-                return None
-            return function(*arguments)
+            return None if self.caught else function(*arguments)
         except SystemExit:
             return None
         finally:
@@ -702,8 +693,6 @@ def train(recipe, folder="data", out=None, device=None, quiet=False):
     check_recipe(recipe)
     out = Path(out or Path("results") / recipe.name)
     with processes(evaluation.pick_device(device)) as (rank, world, device):
-        if device.type == "cuda" and recipe.precision != "float32":
-            torch.set_float32_matmul_precision("high")
         if recipe.deterministic:  # an operation without a deterministic form is an error then
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
             torch.use_deterministic_algorithms(True)
@@ -764,7 +753,8 @@ def end_epoch(run, test_store, steps, show):
         run.last = evaluation.evaluate(run.model, test_store, flip=recipe.flip_test)
         row["mpjpe"], row["p_mpjpe"] = evaluation.headline(run.last, recipe.data)
         if run.best is None or row["mpjpe"] < evaluation.headline(run.best, recipe.data)[0]:
-            run.save_best(epoch, run.last)
+            run.best = {"epoch": epoch, **run.last}
+            data.write_atomically(run.out / "best.pt", lambda file: torch.save({**run.weights(), "epoch": epoch}, file))
     run.history.append(row)
     if run.rank:
         return
@@ -779,7 +769,7 @@ def end_epoch(run, test_store, steps, show):
 def finish(run, stores):
     """The result of a finished run: what was trained on what, its scores beside the yardsticks, and where."""
     recipe = run.recipe
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+    commit = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True,  # a shell: git may be missing
                             cwd=Path(__file__).parent).stdout.strip()
     result = {"recipe": dataclasses.asdict(recipe), "data": run.trained_on, "train_frames": len(stores["train"]),
               "test_data": data.provenance(stores["test"].sequences), "test_frames": int(stores["test"].valid.sum()),
@@ -905,12 +895,12 @@ class SampleByFrame(torch.utils.data.Dataset):
     def __getitem__(self, i):
         (first, last), half = self.bounds[i], self.frames // 2
         window = self.pose[max(first, i - half):min(last, i + half) + 1]
-        missing = (half - (i - first) if i - first < half else 0, half - (last - i) if last - i < half else 0)
+        missing = max(first - (i - half), 0), max(i + half - last, 0)
         return np.pad(window, (missing, (0, 0), (0, 0)), mode="edge"), self.target[i]
 
 
-def interleaved(fast, plain, pairs=7):
-    """(seconds of fast, seconds of plain, ratio): medians over interleaved pairs, after one of each to warm up."""
+def interleaved(fast, plain):
+    """(seconds of fast, seconds of plain, ratio): medians over 7 interleaved pairs, after one of each to warm up."""
     def clock(run):
         started = time.perf_counter()
         run()
@@ -918,14 +908,8 @@ def interleaved(fast, plain, pairs=7):
             torch.cuda.synchronize()
         return time.perf_counter() - started
     clock(fast), clock(plain)
-    times = [(clock(fast), clock(plain)) for _ in range(pairs)]
+    times = [(clock(fast), clock(plain)) for _ in range(7)]
     return (*(statistics.median(column) for column in zip(*times)), statistics.median(p / f for f, p in times))
-
-
-def matrix_rate(device):
-    """Floating-point operations a second of float32 matrix products: the floor that the hardware sets."""
-    a = torch.randn(2048, 2048, device=device)
-    return 2 * 2048 ** 3 / interleaved(lambda: a @ a, lambda: a @ a)[0]
 
 
 def step_memory(build, device):
@@ -949,7 +933,8 @@ def bench(device=None, full_size=False, compile=False):
     compile: also training steps through torch.compile against those without, after minutes of compiling."""
     device = evaluation.pick_device(device)
     torch.manual_seed(0)
-    rate = matrix_rate(device)
+    a = torch.randn(2048, 2048, device=device)
+    rate = 2 * 2048 ** 3 / interleaved(lambda: a @ a, lambda: a @ a)[0]  # operations a second: the floor that the hardware sets
     print(f"{device_name(device)}, torch {torch.__version__}; float32 matrix products at {rate / 1e9:.0f} GFLOP/s\n")
     if full_size:
         return bench_full_size(device)
@@ -960,20 +945,24 @@ def bench(device=None, full_size=False, compile=False):
         rows.append([label, f"{times[2]:.2f}x", f"{1000 * times[0]:.1f}", f"{1000 * times[1]:.1f}",
                      samples and f"{samples / times[0]:,.0f}", flops and f"{100 * flops / times[0] / rate:.0f} %"])
 
-    def step(model, *batch):
+    def step(model, x, target):
         optimizer = torch.optim.Adam(model.parameters(), 1e-3)
 
         def run():
             optimizer.zero_grad()
-            (model(batch[0]) - batch[1]).square().mean().backward()
+            (model(x) - target).square().mean().backward()
             optimizer.step()
         return run
 
-    def lift(call):
-        def run():
-            with torch.no_grad():
-                call()
-        return run
+    def network(name, about, model, shape, compile):
+        x, target = torch.randn(*shape, 2, device=device), torch.randn(shape[0], shape[-1], 3, device=device)
+        plain = made_plain(copy.deepcopy(model))
+        row(f"{name}, training step ({about})", step(model, x, target), step(plain, x, target), len(x))
+        if compile:
+            row(f"{name}, training step, torch.compile against none ({about})", step(compiled(model, device), x, target),
+                step(model, x, target))
+        model.eval(), plain.eval()
+        row(f"{name}, evaluation ({about})", torch.no_grad()(lambda: model(x)), torch.no_grad()(lambda: plain(x)), len(x))
 
     # GridConv
     layer, push = gridconv.DynamicGridConv(256, 256).to(device), torch.randn(200, 256, 5, 5, device=device)
@@ -981,17 +970,7 @@ def bench(device=None, full_size=False, compile=False):
     plain_x = fast_x.detach().contiguous().requires_grad_()
     row("D-GridConv layer, forward and backward (batch 200, C = 256)", lambda: layer(fast_x).backward(push),
         lambda: plain_grid_conv(layer, plain_x).backward(push), flops=200 * 3 * 2 * 281 * 256 ** 2)
-    network = gridconv.GridLiftingNetwork().to(device)
-    batch = torch.randn(200, 17, 2, device=device), torch.randn(200, 17, 3, device=device)
-    plain = made_plain(copy.deepcopy(network))
-    row("GridConv network, training step (batch 200)", step(network, *batch), step(plain, *batch), 200)
-    network.eval(), plain.eval()
-    row("GridConv network, evaluation (batch 200)", lift(lambda: network(batch[0])), lift(lambda: plain(batch[0])), 200)
-
-    if compile:
-        network.train()
-        row("GridConv network, training step, torch.compile against none", step(compiled(network, device), *batch),
-            step(network, *batch))
+    network("GridConv network", "batch 200", gridconv.GridLiftingNetwork().to(device), (200, 17), compile)
 
     # GLA-GCN; without dropout, whose random numbers cost both forms the same
     B, T, C, J = 8, 243, 96, 17
@@ -1005,15 +984,7 @@ def bench(device=None, full_size=False, compile=False):
         flops=B * J * T * 3 * 2 * (3 * C * C + 6 * C * C // 4 + 9 * C * C + 3 * J * C + 3 * J * C // 4))
     for widths, size in (((3,) * 3, 64), ((3,) * 5, 8)):
         model, T = GLAGCN(filter_widths=widths, dropout=0.0, unshared_weight=0.0).to(device), 3 ** len(widths)
-        batch = torch.randn(size, T, J, 2, device=device), torch.randn(size, J, 3, device=device)
-        plain = made_plain(copy.deepcopy(model))
-        row(f"GLA-GCN, training step (batch {size}, C = {C}, T = {T})", step(model, *batch), step(plain, *batch), size)
-        if compile and T == 27:
-            row("GLA-GCN, T = 27, training step, torch.compile against none", step(compiled(model, device), *batch),
-                step(model, *batch))
-        model.eval(), plain.eval()
-        row(f"GLA-GCN, evaluation (batch {size}, C = {C}, T = {T})", lift(lambda: model(batch[0])), lift(lambda: plain(batch[0])),
-            size)
+        network("GLA-GCN", f"batch {size}, C = {C}, T = {T}", model, (size, T, J), compile and T == 27)
 
     def endless(batches):
         while True:
@@ -1062,8 +1033,7 @@ def bench_full_size(device):
     how many times as long the plain forms take, in float32 and not compiled."""
     frames = data.H36M_FRAMES["train"][0]
     motion = data.synthesize(0)
-    length = sum(len(s.pose_3d) for s in motion)
-    sequences = (motion * -(-frames // length))
+    sequences = motion * math.ceil(frames / sum(len(s.pose_3d) for s in motion))
     rows, stores, plain = [], {}, {}
     faster = dict(precision="bf16", micro_batch=128)
     plan = [("gridconv-gt", {}), ("glagcn-gt-243", dict(micro_batch=64)), ("glagcn-gt-243-reconstruct", dict(micro_batch=64))]
@@ -1103,7 +1073,7 @@ def parse_value(text, default):
         return text.lower() in ("true", "yes", "1")
     if isinstance(default, tuple):
         def item(word):
-            return tuple(item(w) for w in word.split(":")) if ":" in word else int(word) if word.isdigit() else word
+            return tuple(item(w) for w in word.split(":")) if ":" in word else int(word) if word.isdecimal() else word
         return tuple(item(word) for word in text.split(",") if word)
     try:
         return type(default)(text)
@@ -1189,11 +1159,11 @@ def missing_files(recipe, folder):
 def epoch_samples(recipe, folder, counted):
     """Training samples an epoch: of the data in `folder`, of Human3.6M as published where it is not there, else None.
     `counted` keeps the frames of each dataset from one call to the next."""
-    if recipe.data not in counted:
+    key = recipe.data, bool(missing_files(recipe, folder))  # other keypoints of the same data may be here
+    if key not in counted:
         absent = data.H36M_FRAMES["train"][0] if recipe.data in ("h36m", "gridconv") else None
-        counted[recipe.data] = absent if missing_files(recipe, folder) else sum(
-            len(s.pose_3d) for s in data.load_dataset(recipe, folder, "train"))
-    return counted[recipe.data] and counted[recipe.data] * (2 if recipe.flips else 1)
+        counted[key] = absent if key[1] else sum(len(s.pose_3d) for s in data.load_dataset(recipe, folder, "train"))
+    return counted[key] and counted[key] * (2 if recipe.flips else 1)
 
 
 def speed(recipe, device, timed):
@@ -1346,41 +1316,35 @@ def ablate(table, folder, out, minutes, seeds, base_options, device=None, only="
             seconds, steps = step_seconds(timed, make_store(timed, folder, "train", place), place)
             epochs[label] = max(0.01, round(minutes * 60 / seconds / steps, 2))
         text = json.dumps({"minutes": minutes, "epochs": epochs}, indent=1)
-        data.write_atomically(plan, lambda file: file.write(text.encode()))
-    try:
+        if not plan.exists():  # a second process may have timed as well: the first plan stands
+            data.write_atomically(plan, lambda file: file.write(text.encode()))
+    with data.described(f"{plan}: planned for other runs", "give another --out, or remove it"):
         planned = data.read_json(plan)
         epochs = {label: float(planned["epochs"][label]) for label in rows}
         if planned["minutes"] != minutes:
             raise ValueError(f"{planned['minutes']:g} minutes a run")
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{plan}: planned for other runs ({error}): give another --out, or remove it") from None
     # seed by seed, so that an unfinished table is already fair
-    runs = {(label, seed): recipe_of(label, epochs[label], seed) for seed in range(seeds) for label in rows}
-    runs = {key: (recipe, out / re.sub(r"[^\w.]+", "-", recipe.name)) for key, recipe in runs.items()}
-    results, waiting = {}, dict(runs)
+    waiting = {(label, seed): recipe_of(label, epochs[label], seed) for seed in range(seeds) for label in rows}
+    results, lines = {}, []
     while waiting:
-        for key, (recipe, place) in list(waiting.items()):
+        for key, recipe in list(waiting.items()):
             try:
-                results[key] = train(recipe, folder, place, device)
+                results[key] = train(recipe, folder, out / re.sub(r"[^\w.]+", "-", recipe.name), device)
                 del waiting[key]
             except Busy:
-                continue
+                pass
         if waiting:
-            time.sleep(5)
-    header = ["row", "epochs", "MPJPE mean", "spread", *(f"seed {s}" for s in range(seeds)), "P-MPJPE mean",
-              "paper (Human3.6M)"]
+            time.sleep(60)  # a try loads the data
     learnt = any("autogrids" in result for result in results.values())
-    lines = []
+    header = ["row", "epochs", "MPJPE mean", "spread", *(f"seed {s}" for s in range(seeds)), "P-MPJPE mean", "paper (Human3.6M)",
+              *["cells changed", "joints dropped"] * learnt]
     for label, (paper, _) in rows.items():
         mine = [results[label, seed] for seed in range(seeds)]
         scores, aligned = zip(*(evaluation.headline(r["last"], base.data) for r in mine))
-        line = [label, f"{epochs[label]:g}", sum(scores) / seeds, max(scores) - min(scores), *scores, sum(aligned) / seeds, paper]
-        if learnt:
-            line += [", ".join(str(r["autogrids"]["cells_changed"]) for r in mine) if "autogrids" in mine[0] else None,
-                     ", ".join(str(r["autogrids"]["dropped"] or "none") for r in mine) if "autogrids" in mine[0] else None]
-        lines.append(line)
-    if learnt:
-        header += ["cells changed", "joints dropped"]
+        grids = [r["autogrids"] for r in mine if "autogrids" in r]
+        lines.append([label, f"{epochs[label]:g}", sum(scores) / seeds, max(scores) - min(scores), *scores, sum(aligned) / seeds,
+                      paper, *[", ".join(str(grid["cells_changed"]) for grid in grids) or None,
+                               ", ".join(str(grid["dropped"] or "none") for grid in grids) or None] * learnt])
     first = next(iter(results.values()))
     return (f"{table} on {first['data']}: {minutes:g} minutes a run on {first['device']}, last epoch, mm; spread is largest "
             f"minus smallest.\nThe paper's column is {paper_is}, on Human3.6M: other data, so only the order of the rows "
@@ -1511,15 +1475,11 @@ def write_report(folder):
         raise InputError(f"{folder}: no finished runs (*/result.json); train one first")
     results = []
     for path in paths:
-        try:
+        with data.described(f"{path}: not a result of train.py", "remove it"):
             results.append(data.read_json(path))
             report_table(results[-1:]), run_section(results[-1])
             if path.with_name("curves.png").exists():
                 results[-1]["curves"] = f"{path.parent.name}/curves.png"
-        except InputError:
-            raise
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: not a result of train.py ({error}): remove it") from None
     table, results = report_table(results), [r for group in by_recipe(results) for r in group]
     text = "\n\n".join(["# Report", table, *map(run_section, results)]) + "\n"
     kept = json.dumps({"rows": published_rows(results), "runs": results}, indent=1)
@@ -1550,8 +1510,8 @@ def rows_to_run(folder, only="", everything=False):
                                  "where to get it")
     else:
         names = [*HEADLINE, *(n for n, r in RECIPES.items() if everything and paper_figures(r) and n not in ONLY_BY_NAME)]
-        names = [n for n in names if not missing_files(RECIPES[n], folder)]
-        names = [n for n in names if not RECIPES[n].weights or not missing_files(RECIPES[RECIPES[n].weights], folder)] or EMBEDDED
+        here = lambda name: not name or not missing_files(RECIPES[name], folder)
+        names = [n for n in names if here(n) and here(RECIPES[n].weights)] or EMBEDDED
     return list(dict.fromkeys(n for name in names for n in (RECIPES[name].weights, name) if n))
 
 
@@ -1569,20 +1529,18 @@ def files_read(recipe, folder):
 
 def is_done(recipe, folder, place):
     """Whether `place` holds the result of this recipe on these very data files, going by their sizes and times."""
-    path = place / "result.json"
-    if not path.exists():
-        return False
     try:
-        result = data.read_json(path)
+        result = data.read_json(place / "result.json")
         kept = Recipe(**{k: evaluation._tuples(v) for k, v in result["recipe"].items()})
         return kept == recipe and result["files"] == files_read(recipe, folder)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):  # none there, or not one of this program
         return False
 
 
 def evaluate_trained(recipe, folder, out, device=None):
     """The result of a recipe that trains nothing: the best and the last weights of the run of `recipe.weights` that stands
     beside `out`, on this recipe's test data. InputError: that run is not finished."""
+    check_recipe(recipe)
     out = Path(out or Path("results") / recipe.name)
     source, device = out.with_name(out.name.replace(recipe.name, recipe.weights)), evaluation.pick_device(device)
     if source == out:
@@ -1628,7 +1586,7 @@ def reproduce(folder, out, device, only, everything, seeds, quick, options):
             lines.append([place.name, recipe.row, f"{recipe.epochs:g}", state, hours[name] and f"{hours[name]:.2f}"])
             plan += [] if done else [(recipe, place)]
     what = f"data in {folder}"
-    if names[0] in EMBEDDED:
+    if names[0] in EMBEDDED and not only:
         what = f"no published row's data in {folder}, so both methods on procedural motion"
     print(f"To run: {what}, on {device_name(device)}" + ", a tenth of the epochs" * quick + ".\n")
     print(evaluation.markdown(["run", "row", "epochs", "state", "hours"], lines))
