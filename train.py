@@ -350,9 +350,13 @@ class Objective(nn.Module):
         index = samples % len(self.store)
         loss, prediction = batch_loss(self.model, self.store, index, flip, self.recipe, stage_one)
         if self.recipe.refine and not stage_one:  # detached: the figure without it stays what it was
-            better = refined(self.refinement, self.store, prediction.detach(), index, flip)
-            loss = loss + mean_distance(better, self.store.pose_3d[index])
+            loss = loss + self.refined_loss(prediction.detach(), index, flip)
         return loss
+
+    @torch.compiler.disable  # as FrameStore.batch
+    def refined_loss(self, prediction, index, flip):
+        better = refined(self.refinement, self.store, prediction, index, flip)
+        return mean_distance(better, self.store.pose_3d[index])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -544,8 +548,9 @@ class Run:
         recipe = self.recipe
         self.store.redraw(2 * (recipe.seed * 100003 + epoch))  # even: test sets have an odd number
         if recipe.norm_schedule:
+            self.momentum = norm_momentum(epoch, recipe.epochs)
             for norm in self.model.scheduled_norms():
-                norm.momentum = norm_momentum(epoch, recipe.epochs)
+                norm.momentum = 1.0 if recipe.compile else self.momentum  # see averaged_norms
         self.objective.train()
 
     def reach(self, epoch):
@@ -569,6 +574,19 @@ class Run:
             self.step_loss = nn.parallel.DistributedDataParallel(self.objective)
         if recipe.compile:
             self.step_loss = compiled(self.step_loss, self.device)
+            for p in self.objective.parameters():  # in memory of their own: a CUDA graph's is written anew by its next run
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+
+    @contextmanager
+    def averaged_norms(self):
+        """Around a forward pass: scheduled running statistics of a compiled model. To torch.compile a momentum is a constant,
+        and every epoch would compile anew, so the norms keep the batch's own (momentum 1), averaged with the old here."""
+        norms = self.model.scheduled_norms() if self.recipe.compile and self.recipe.norm_schedule else []
+        running = [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
+        before = [statistic.clone() for statistic in running]
+        yield
+        for statistic, old in zip(running, before):
+            statistic.copy_(old.lerp_(statistic, self.momentum))
 
     def train_step(self, chunk):
         """One optimiser step on the samples `chunk`, of which this process takes its share; the loss of all goes to
@@ -582,7 +600,7 @@ class Run:
         for part in parts:
             alone = self.world > 1 and part is not parts[-1]  # gradients are averaged over the processes once a step
             with self.step_loss.no_sync() if alone else nullcontext():
-                with autocast:
+                with autocast, self.averaged_norms():
                     loss = self.step_loss(part, self.stage_one) * (len(part) / len(chunk))
                 (loss * self.world).backward()
             total += loss.detach()
@@ -591,7 +609,7 @@ class Run:
         if recipe.clip:
             nn.utils.clip_grad_norm_(self.objective.parameters(), recipe.clip)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not recipe.compile)
         self.losses[self.step % self.epoch_steps] = total
         self.step += 1
 
