@@ -508,7 +508,6 @@ class FrameStore:
         flip = flip.view(-1, *[1] * (pose.ndim - 1))
         return torch.where(flip, pose.index_select(-2, self._mirror) * self._sign[:pose.shape[-1]], pose)
 
-    @torch.compiler.disable  # a CUDA graph would copy the whole store, which is no parameter, at every step
     def batch(self, index, frames=1, causal=False, flip=None, all_targets=False):
         """Input and target of frames `index` (B,): (B, J, 2) and (B, J, 3), or windows (B, T, J, 2) for frames = T > 1.
 

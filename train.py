@@ -353,7 +353,6 @@ class Objective(nn.Module):
             loss = loss + self.refined_loss(prediction.detach(), index, flip)
         return loss
 
-    @torch.compiler.disable  # as FrameStore.batch
     def refined_loss(self, prediction, index, flip):
         better = refined(self.refinement, self.store, prediction, index, flip)
         return mean_distance(better, self.store.pose_3d[index])
@@ -573,6 +572,9 @@ class Run:
         if self.world > 1:
             self.step_loss = nn.parallel.DistributedDataParallel(self.objective)
         if recipe.compile:
+            # These stay outside: at every step a CUDA graph would copy the whole store, which is no parameter.
+            self.store.batch = torch.compiler.disable(self.store.batch)
+            self.objective.refined_loss = torch.compiler.disable(self.objective.refined_loss)
             self.step_loss = compiled(self.step_loss, self.device)
             for p in self.objective.parameters():  # in memory of their own: a CUDA graph's is written anew by its next run
                 p.grad = torch.zeros_like(p) if p.requires_grad else None
