@@ -1595,13 +1595,15 @@ def main():
         print(convert_bvh(args.folder, args.out, args.name, args.test, mapping, args.scale, args.up, args.fps, args.volume))
 
 
-def positive_number(text):  # an option's type: argparse names option and type where this is a ValueError
+def positive_number(text):
+    """An option's type: a number above 0. ValueError otherwise, from which argparse makes an error that names the option."""
     if not 0 < float(text) < math.inf:
         raise ValueError
     return float(text)
 
 
 def auto_or_metres(text):
+    """An option's type: "auto" or a number above 0; ValueError as positive_number."""
     return text if text == "auto" else positive_number(text)
 
 
