@@ -1596,14 +1596,17 @@ def main():
 
 
 def positive_number(text):
-    """An option's type: a number above 0. ValueError otherwise, from which argparse makes an error that names the option."""
-    if not 0 < float(text) < math.inf:
-        raise ValueError
-    return float(text)
+    """An option's type: a number above 0. ArgumentTypeError otherwise, which argparse reports with the option's name."""
+    try:
+        if 0 < float(text) < math.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
 
 
 def auto_or_metres(text):
-    """An option's type: "auto" or a number above 0; ValueError as positive_number."""
+    """An option's type: "auto" or a number above 0, see positive_number."""
     return text if text == "auto" else positive_number(text)
 
 

@@ -354,6 +354,7 @@ class Objective(nn.Module):
         return loss
 
     def refined_loss(self, prediction, index, flip):
+        """The refinement's own loss for predictions (B, J, 3), metres, of the frames `index`."""
         better = refined(self.refinement, self.store, prediction, index, flip)
         return mean_distance(better, self.store.pose_3d[index])
 
@@ -471,6 +472,9 @@ class Run:
         self.refinement = Refinement(self.model.num_joints).to(device) if recipe.refine else nn.Module()
         self.optimizer = make_optimizer(recipe, self.model, self.refinement)
         self.objective = self.step_loss = Objective(self.model, self.refinement, store, recipe)
+        if recipe.compile:  # these stay outside: at every step a CUDA graph would copy the whole store, which is no parameter
+            store.batch = torch.compiler.disable(store.batch)
+            self.objective.refined_loss = torch.compiler.disable(self.objective.refined_loss)
         self.stage_one = None
         if rank:  # noise of its own; the first process's is that of a single one
             torch.manual_seed(recipe.seed + (rank << 41))
@@ -572,9 +576,6 @@ class Run:
         if self.world > 1:
             self.step_loss = nn.parallel.DistributedDataParallel(self.objective)
         if recipe.compile:
-            # These stay outside: at every step a CUDA graph would copy the whole store, which is no parameter.
-            self.store.batch = torch.compiler.disable(self.store.batch)
-            self.objective.refined_loss = torch.compiler.disable(self.objective.refined_loss)
             self.step_loss = compiled(self.step_loss, self.device)
             for p in self.objective.parameters():  # in memory of their own: a CUDA graph's is written anew by its next run
                 p.grad = torch.zeros_like(p) if p.requires_grad else None
