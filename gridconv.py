@@ -1,28 +1,32 @@
-"""GridConv, whole: "3D Human Pose Lifting with Grid Convolution", Kang, Liu, Yao, Wang, Wu, AAAI 2023.
+"""GridConv, whole: "3D Human Pose Lifting with Grid Convolution", Kang, Liu, Yao, Wang, Wu, AAAI
+2023.
 
-A skeleton is woven onto a small grid (SGT), real convolutions lift the 2D grid pose to 3D, and the inverse SGT
-unravels it again. This file needs torch alone; copy it into any project:
+A skeleton is woven onto a small grid (SGT), real convolutions lift the 2D grid pose to 3D, and
+the inverse SGT unravels it again. This file needs torch alone; copy it into any project:
 
-    net = GridLiftingNetwork()                    # 17 Human3.6M joints, 5 x 5 grid, 4.79 M parameters
-    pose_3d = net(pose_2d)                        # (B, 17, 2) in about [-1, 1] -> (B, 17, 3) in metres, root-relative
-    loss = (pose_3d - target).square().mean()     # Eq. 10
+    net = GridLiftingNetwork()                   # 17 Human3.6M joints, 5 x 5, 4.79 M parameters
+    pose_3d = net(pose_2d)                       # (B, 17, 2) in about [-1, 1] -> (B, 17, 3) metres
+    loss = (pose_3d - target).square().mean()    # Eq. 10; the target is root-relative
 
-The parts stand in the paper's order: 1. SGT and its inverse (Eq. 1-3, 11-12), 2. AutoGrids (Eq. 4-5),
-3. GridConv and D-GridConv (Eq. 6-8), 4. the grid lifting network (Eq. 9), 5. the authors' weights, 6. variants,
-7. Temporal GridConv (B.3), 8. training together with a 2D detector (A.6), 9. lifters without a grid (A.5).
-Shapes: B batch, J joints, H x P grid, C channels, K kernel size.
+The parts stand in the paper's order: 1. SGT and its inverse (Eq. 1-3, 11-12), 2. AutoGrids (Eq.
+4-5), 3. GridConv and D-GridConv (Eq. 6-8), 4. the grid lifting network (Eq. 9), 5. the authors'
+weights, 6. variants, 7. Temporal GridConv (B.3), 8. training together with a 2D detector (A.6),
+9. lifters without a grid (A.5). Shapes: B batch, J joints, H x P grid, C channels, K kernel size,
+T frames.
 """
 
 import math
 import re
-from functools import lru_cache, partial
+from collections import OrderedDict
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-# (parent, child) links of the 17-joint Human3.6M skeleton: 0 pelvis, 1-3 right leg, 4-6 left leg, 7 spine, 8 thorax,
-# 9 neck/nose, 10 head, 11-13 left arm, 14-16 right arm.
+# (parent, child) links of the 17-joint Human3.6M skeleton: 0 pelvis, 1-3 right leg, 4-6 left leg,
+# 7 spine, 8 thorax, 9 neck/nose, 10 head, 11-13 left arm, 14-16 right arm.
 H36M_EDGES = ((0, 1), (1, 2), (2, 3), (0, 4), (4, 5), (5, 6), (0, 7), (7, 8), (8, 9), (9, 10),
               (8, 11), (11, 12), (12, 13), (8, 14), (14, 15), (15, 16))
 
@@ -33,293 +37,390 @@ HANDCRAFTED_5X5 = ((7, 7, 7, 7, 7),
                    (2, 15, 9, 12, 5),
                    (3, 16, 10, 13, 6))
 
-# What the release trained with: the middle cell holds the mean of joints 8 and 9 going in, and is ignored coming out.
-RELEASED_5X5 = ((7, 7, 7, 7, 7),
-                (0, 8, 8, 8, 0),
+# What the release trained with: the middle cell holds the mean of joints 8 and 9 going in, and is
+# ignored coming out.
+RELEASED_5X5 = (*HANDCRAFTED_5X5[:2],
                 (1, 14, (8, 9), 11, 4),
-                (2, 15, 9, 12, 5),
-                (3, 16, 10, 13, 6))
+                *HANDCRAFTED_5X5[3:])
+
+# Table 6, 32 joints. The paper does not print its layout; this one is ours and satisfies Eq. 2
+# and 3: arms above, head between them, legs below.
+HANDCRAFTED_7X5 = ((29, 28, 21, 22, 23),
+                   (26, 27, 20, 19, 18),
+                   (25, 30, 14, 13, 17),
+                   (24, 31, 15, 12, 16),
+                   (12, 1, 0, 6, 7),
+                   (3, 2, 11, 12, 8),
+                   (4, 5, 0, 10, 9))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. Semantic grid transformation (section 3.1, A.1)
+
+
+def check_fits(name, grid_shape, num_joints):
+    """ValueError unless the grid has as many cells as there are joints."""
+    H, P = grid_shape
+    if H * P < num_joints:
+        raise ValueError(f"{name}: {H} x {P} = {H * P} cells cannot hold {num_joints} joints")
 
 
 def assignment_matrix(layout, num_joints):
     """The assignment matrix S (H*P, J) of a grid layout (section 3.1).
 
-    layout: H rows of P cells; a cell is a joint, or a tuple of joints whose mean it holds. Rows of S sum to 1 (Eq. 3),
-    and S is binary unless a cell averages.
-    ValueError: rows of different length, an unknown joint, fewer cells than joints, a joint without a cell of its own.
+    layout: H rows of P cells; a cell is a joint, or a tuple of joints whose mean it holds. Rows
+    of S sum to 1 (Eq. 3), and S is binary unless a cell averages.
+    ValueError: rows of different length, an unknown joint, an empty cell, fewer cells than
+    joints, a joint without a cell of its own.
     """
-    rows = [list(row) for row in layout]
-    if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
-        raise ValueError(f"layout: every row needs the same number of cells, found {[len(row) for row in rows]}")
-    cells = [tuple(cell) if isinstance(cell, (tuple, list)) else (cell,) for row in rows for cell in row]
-    if len(cells) < num_joints:
-        raise ValueError(f"layout: {len(rows)} x {len(rows[0])} = {len(cells)} cells cannot hold {num_joints} joints")
-    for cell in cells:
-        for joint in cell:
-            if not hasattr(joint, "__index__") or not 0 <= joint < num_joints:
-                raise ValueError(f"layout: unknown joint {joint!r}, expected 0 to {num_joints - 1}")
-        if not cell:
-            raise ValueError("layout: an empty cell; a cell holds a joint or a tuple of joints")
-    missing = sorted(set(range(num_joints)) - {cell[0] for cell in cells if len(set(cell)) == 1})
+    widths = [len(row) for row in layout]
+    if not widths or widths[0] == 0 or len(set(widths)) > 1:
+        raise ValueError(f"layout: every row needs the same number of cells, found {widths}")
+    check_fits("layout", (len(widths), widths[0]), num_joints)
+
+    S, alone = [], set()
+    for cell in (cell for row in layout for cell in row):
+        joints = cell if isinstance(cell, (tuple, list)) else (cell,)
+        unknown = [j for j in joints if not hasattr(j, "__index__") or not 0 <= j < num_joints]
+        if unknown or not joints:
+            raise ValueError(f"layout: unknown or empty cell {cell!r}, not of 0..{num_joints - 1}")
+        S.append([joints.count(joint) / len(joints) for joint in range(num_joints)])
+        alone |= set(joints) if len(set(joints)) == 1 else set()
+    missing = [joint for joint in range(num_joints) if joint not in alone]
     if missing:
-        raise ValueError(f"layout: no cell for joint {', '.join(map(str, missing))}; every joint needs one of its own")
-    return torch.stack([F.one_hot(torch.tensor([int(joint) for joint in cell]), num_joints).float().mean(0) for cell in cells])
+        raise ValueError(f"layout: no cell for joint {missing}; every joint needs one of its own")
+    return torch.tensor(S)
+
+
+def outside_autocast(x):
+    """A context whose products are not rounded to bfloat16: of a metre, that takes millimetres."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def sgt(pose, S, grid_shape):
     """SGT, Eq. 1: D = S G. pose (B, J, C), S (H*P, J) -> grid pose (B, C, H, P)."""
-    grid = S.to(pose.dtype) @ pose  # (B, H*P, C)
-    return grid.transpose(1, 2).unflatten(2, grid_shape)
+    with outside_autocast(pose):
+        grid = F.linear(pose.transpose(1, 2), S.to(pose.dtype))  # (B, C, H*P)
+    return grid.unflatten(2, grid_shape)
 
 
 def inverse_sgt(grid, S):
-    """Inverse SGT, Eq. 11-12: each joint is the mean of its cells. grid (B, C, H, P), S (H*P, J) -> (B, J, C).
+    """Inverse SGT, Eq. 11-12: each joint is the mean of its cells. (B, C, H, P), S -> (B, J, C).
 
-    Cells that average joints (entries of S strictly between 0 and 1) are left out; a joint that no cell holds, as
-    AutoGrids may produce while it learns, comes out 0.
+    Cells that average joints (entries of S strictly between 0 and 1) are left out; a joint that no
+    cell holds, as AutoGrids may produce while it learns, comes out 0.
     """
     S = S.to(grid.dtype)
-    S = S * (S == S.round())  # drops averaged cells; keeps the zeros, whose gradient tells AutoGrids what to add
+    S = S * (S == S.round())  # keeps the zeros, whose gradient tells AutoGrids what to add
     count = S.sum(0).clamp(min=1)
-    return (S / count).T @ grid.flatten(2).transpose(1, 2)
+    with outside_autocast(grid):
+        pose = grid.flatten(2) @ (S / count)  # (B, C, J)
+    return pose.transpose(1, 2)
 
 
 def satisfies_topology(S, grid_shape, edges=H36M_EDGES):
-    """Whether S (H*P, J) keeps the skeleton: each cell one joint (Eq. 3), linked joints adjacent somewhere (Eq. 2)."""
-    H, P = grid_shape
+    """Whether S (H*P, J) keeps the skeleton: each cell holds one joint (Eq. 3), and linked joints
+    are adjacent somewhere (Eq. 2)."""
     if not (((S == 0) | (S == 1)).all() and (S.sum(1) == 1).all()):
         return False
-    joint = S.argmax(1).view(H, P).tolist()
-    adjacent = {(joint[i][j], joint[i + a][j + b]) for i in range(H) for j in range(P)
-                for a, b in ((0, 1), (1, 0)) if i + a < H and j + b < P}
-    return all((i, j) in adjacent or (j, i) in adjacent for i, j in edges)
+    joints = S.argmax(1).view(*grid_shape)
+    beside = torch.stack([joints[:, :-1], joints[:, 1:]], -1).flatten(0, 1)
+    below = torch.stack([joints[:-1], joints[1:]], -1).flatten(0, 1)
+    adjacent = {frozenset(pair) for pair in torch.cat([beside, below]).tolist()}
+    return all(frozenset(edge) in adjacent for edge in edges)
 
 
 def random_layout(num_joints, grid_shape, seed=0):
-    """A random layout with every joint at least once (section 4.5, Table 5), as a nested tuple. Same seed, same layout."""
-    H, P = grid_shape
-    if H * P < num_joints:
-        raise ValueError(f"grid_shape: {H} x {P} = {H * P} cells cannot hold {num_joints} joints")
+    """A random layout (nested tuple) with every joint at least once (section 4.5, Table 5); the
+    same seed gives the same layout. ValueError: fewer cells than joints."""
+    check_fits("grid_shape", grid_shape, num_joints)
+    spare = math.prod(grid_shape) - num_joints
     generator = torch.Generator().manual_seed(seed)
-    joints = torch.cat([torch.arange(num_joints), torch.randint(num_joints, (H * P - num_joints,), generator=generator)])
-    joints = joints[torch.randperm(H * P, generator=generator)].view(H, P)
-    return tuple(tuple(row) for row in joints.tolist())
+    repeats = torch.randint(num_joints, (spare,), generator=generator, device="cpu")
+    joints = torch.cat([torch.arange(num_joints, device="cpu"), repeats])
+    order = torch.randperm(len(joints), generator=generator, device="cpu")
+    return tuple(tuple(row) for row in joints[order].view(*grid_shape).tolist())
 
 
 def shuffle_layout(layout, how, seed=0):
-    """The layout with its rows, its columns or all its cells permuted (Table B). how: "row", "column" or "global"."""
+    """The layout with its rows, columns or cells permuted (Table B): "row", "column" or
+    "global"."""
     H, P = len(layout), len(layout[0])
-    if how not in ("row", "column", "global"):
+    counts = {"row": H, "column": P, "global": H * P}
+    if how not in counts:
         raise ValueError(f"how: unknown shuffle {how!r}, expected 'row', 'column' or 'global'")
-    order = torch.randperm({"row": H, "column": P, "global": H * P}[how],
-                           generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(counts[how], generator=generator, device="cpu").tolist()
     if how == "row":
         return tuple(tuple(layout[i]) for i in order)
     if how == "column":
         return tuple(tuple(row[j] for j in order) for row in layout)
     cells = [cell for row in layout for cell in row]
-    return tuple(tuple(cells[order[i * P + j]] for j in range(P)) for i in range(H))
+    return tuple(tuple(cells[i] for i in order[r * P:r * P + P]) for r in range(H))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. AutoGrids: the learnable SGT (section 3.2, A.3)
 
 
-class AutoGrids(nn.Module):
-    """A learnable assignment matrix: forward() -> S (H*P, J), exactly one-hot rows, straight-through gradients (Eq. 4-5).
+def one_hot_rows(scores):
+    """1 where a row's largest score is, 0 elsewhere."""
+    return torch.zeros_like(scores).scatter(1, scores.argmax(1, keepdim=True), 1.0)
 
-    prior: where S_prob starts: "handcrafted" (one-hot; 17 joints on 5 x 5, 32 on 7 x 5), "random" (uniform in [0, 1),
-    the paper's choice for other sizes), or a layout (one-hot). S_prob are logits. In training with `noise` on, one
-    Gumbel sample is added per forward; the caller switches `noise` off (the paper after epoch 30). Nothing is random
-    in evaluation. ValueError: fewer cells than joints, an unknown prior, a prior that does not fit.
+
+class AutoGrids(nn.Module):
+    """A learnable assignment matrix: forward() -> S (H*P, J), exactly one-hot rows with
+    straight-through gradients (Eq. 4-5).
+
+    prior: where S_prob starts: "handcrafted" (one-hot; 17 joints on 5 x 5, 32 on 7 x 5), "random"
+    (uniform in [0, 1), the paper's choice for other sizes), or a layout (one-hot). S_prob are
+    logits. In training with `noise` on, one Gumbel sample is added per forward; the caller
+    switches `noise` off (the paper after epoch 30). Nothing is random in evaluation.
+    ValueError: fewer cells than joints, an unknown prior, a prior that does not fit or averages.
     """
 
     def __init__(self, num_joints=17, grid_shape=(5, 5), prior="handcrafted"):
         super().__init__()
+        check_fits("grid_shape", grid_shape, num_joints)
         H, P = self.grid_shape = tuple(grid_shape)
-        if H * P < num_joints:
-            raise ValueError(f"grid_shape: {H} x {P} = {H * P} cells cannot hold {num_joints} joints")
+        if prior == "handcrafted":
+            designed = {(17, 5, 5): HANDCRAFTED_5X5, (32, 7, 5): HANDCRAFTED_7X5}
+            prior = designed.get((num_joints, H, P), "none handcrafted")
         if prior == "random":
             S = torch.rand(H * P, num_joints)
+        elif isinstance(prior, str) or [len(row) for row in prior] != [P] * H:
+            raise ValueError(f"prior: {prior!r}, expected 'random' or a layout of {H} rows of {P}")
+        elif any(isinstance(cell, (tuple, list)) for row in prior for cell in row):
+            raise ValueError("prior: a cell averages joints; AutoGrids takes one joint a cell")
         else:
-            if prior == "handcrafted":
-                prior = {(17, 5, 5): HANDCRAFTED_5X5, (32, 7, 5): HANDCRAFTED_7X5}.get((num_joints, H, P))
-            if prior is None or isinstance(prior, str):
-                raise ValueError(f"prior: no handcrafted layout of {num_joints} joints on {H} x {P}; "
-                                 "expected 'random' or a layout" if prior is None else
-                                 f"prior: unknown {prior!r}, expected 'handcrafted', 'random' or a layout")
-            if len(prior) != H or any(len(row) != P for row in prior):
-                raise ValueError(f"prior: rows of {[len(row) for row in prior]} cells, expected {H} rows of {P}")
             S = assignment_matrix(prior, num_joints)
-            if (S.amax(1) < 1).any():
-                raise ValueError("prior: a cell that averages joints; AutoGrids starts from one joint a cell")
         self.s_prob = nn.Parameter(S)
         self.noise = True
 
     def forward(self):
-        """S (H*P, J): one sample with noise in training, the most probable assignment otherwise."""
+        """S (H*P, J): a sample with noise in training, the most probable assignment otherwise."""
         soft = self.s_prob
         if self.training and self.noise:
             soft = soft - torch.empty_like(soft).exponential_().log()  # Eq. 4: Gumbel(0, 1) noise
         relaxed = soft.softmax(1)  # temperature 1 (A.3)
-        hard = F.one_hot(soft.argmax(1), soft.shape[1]).to(soft.dtype)  # Eq. 5
-        # Straight-through. The bracket is exactly 0, which F.gumbel_softmax(hard=True) does not promise: its rows can
-        # come out as 1 - 6e-8, and Eq. 11 counts entries equal to 1.
-        return hard + (relaxed - relaxed.detach())
+        # Eq. 5, straight-through. The bracket is exactly 0, which F.gumbel_softmax(hard=True) does
+        # not promise: its rows can come out as 1 - 6e-8, and Eq. 11 counts entries equal to 1.
+        return one_hot_rows(soft) + (relaxed - relaxed.detach())
 
     @torch.no_grad()
     def assignment(self):
         """The current binary S (H*P, J), without noise."""
-        return F.one_hot(self.s_prob.argmax(1), self.s_prob.shape[1]).to(self.s_prob.dtype)
+        return one_hot_rows(self.s_prob)
 
     def dropped(self):
         """The joints that no cell of the current assignment holds, as a list."""
         return (self.assignment().sum(0) == 0).nonzero().flatten().tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. GridConv (Eq. 6) and D-GridConv (Eq. 7-8)
 
+CPU_SAMPLES = {True: 100, False: 20}  # taken at a time, with gradients and without
 
-@lru_cache(maxsize=None)
-def _taps(padding, grid_shape, K):
-    """Which cell each (cell, tap) reads, for all branches at once, with products shared where branches read the same.
 
-    padding: per branch a (vertical, horizontal) pair of modes. Returns (mixes, classes): mixes, the sets of branches
-    whose kernels are added before use; classes, the cells grouped by the (mix, tap) products they need:
-    {((mix, tap), ...): [(cell, (source, ...)), ...]}.
-    """
-    H, P = grid_shape
-    inside = {"circular": lambda i, n: i % n, "replicate": lambda i, n: min(max(i, 0), n - 1),
-              "zeros": lambda i, n: i if 0 <= i < n else None}
-    mixes, classes = [], {}
-    for i in range(H):
-        for j in range(P):
-            products = []
-            for tap in range(K * K):
-                a, b = i + tap // K - K // 2, j + tap % K - K // 2
-                readers = {}  # source cell -> the branches that read it here
-                for branch, (vertical, horizontal) in enumerate(padding):
-                    r, c = inside[vertical](a, H), inside[horizontal](b, P)
-                    if r is not None and c is not None:
-                        readers.setdefault(r * P + c, []).append(branch)
-                for source, mix in readers.items():
-                    if mix not in mixes:
-                        mixes.append(mix)
-                    products.append(((mixes.index(mix), tap), source))
-            products.sort()
-            kernels, sources = zip(*products)
-            classes.setdefault(kernels, []).append((i * P + j, sources))
-    return mixes, classes
+def padding_pairs(padding):
+    """The (vertical, horizontal) modes of each branch. ValueError: anything but names and pairs."""
+    modes = ("circular", "replicate", "zeros")
+    entries = () if isinstance(padding, str) else padding
+    pairs = [(entry, entry) if isinstance(entry, str) else tuple(entry) for entry in entries]
+    if not pairs or any(len(pair) != 2 or not set(pair) <= set(modes) for pair in pairs):
+        raise ValueError(f"padding: {padding!r}, expected a tuple: a name of {modes} or a "
+                         "(vertical, horizontal) pair of these for each branch")
+    return pairs
+
+
+def pad(x, radius, vertical, horizontal):
+    """x (B, C, H, P) with `radius` more cells on every side: (B, C, H + 2 radius, P + 2 radius)."""
+    for dim, mode in ((2, vertical), (3, horizontal)):
+        size = x.shape[dim]
+        index = torch.arange(-radius, size + radius, device=x.device)
+        inside = index % size if mode == "circular" else index.clamp(0, size - 1)
+        x = x.index_select(dim, inside)
+        if mode == "zeros":
+            x = x * (index == inside).view(-1, *[1] * (3 - dim))
+    return x
+
+
+def read_cells(grid_shape, K, modes):
+    """Which cell each tap reads from each cell: 0/1 (H*P, K*K, H*P), found by padding and unfolding
+    the cells' numbers. On the CPU, whatever the default device."""
+    cells = math.prod(grid_shape)
+    numbers = torch.arange(1.0, cells + 1, device="cpu").view(1, 1, *grid_shape)
+    numbers = F.unfold(pad(numbers, K // 2, *modes), K)[0].T.long()
+    return F.one_hot(numbers, cells + 1)[..., 1:]  # number 0 is a zero, and no cell
 
 
 class GridConv(nn.Module):
-    """Grid convolution, Eq. 6: x (B, C_in, H, P) -> (B, C_out, H, P), the sum of one convolution per padding branch.
+    """Grid convolution, Eq. 6: x (B, C_in, H, P) -> (B, C_out, H, P), the sum of one convolution
+    per padding branch. `reference` is the equation in code; `forward` gives the same, sooner.
 
-    padding: one entry for each branch, any number of them; an entry is "circular", "replicate" or "zeros", or a pair
-    (vertical, horizontal) of these (Table D writes its pairs the other way round). kernel_size: odd.
-    weight (branches, C_out, C_in, K, K), bias (branches, C_out). Any memory format; channels_last is the fast one.
-    ValueError: an unknown padding, an even kernel, a grid of another shape.
+    padding: one entry for each branch, any number of them; an entry is "circular", "replicate" or
+    "zeros", or a pair (vertical, horizontal) of these (Table D writes its pairs the other way
+    round).
+    kernel_size: odd. Any memory format; channels_last is the fast one.
+    weight (branches, C_out, C_in, K, K), bias (branches, C_out).
+    ValueError: an unknown padding, an even kernel; an x or alpha of another shape.
 
-    The fast form. Branches differ only where a tap leaves the grid. Of the 9 x 25 = 225 (cell, tap) pairs of a 5 x 5
-    grid, circular and replicate padding read the same cell in 169: there the two kernels are added first and one
-    product serves both. 169 + 2 x 56 = 281 products remain of the plain form's 450. (Zeros cost nothing: such taps
-    are left out.) Cells that need the same list of kernels form a class (on 5 x 5: inside, four sides, four corners),
-    and a class is one matrix product: its gathered taps (B * cells, taps * C_in) times its stacked kernels. Where
-    there is far less to write than to read (the shrinking layer, 256 to 3 channels), every kernel is applied to every
-    cell first, and the 281 small products that count are picked, scaled and added.
+    The fast form. A branch with kernel W2 that reads x2, beside one with W1 that reads x1, gives
+    W1 x1 + W2 x2 = (W1 + W2) x1 + W2 (x2 - x1). The first term is one product for all branches,
+    which read as one of them pads (the base). In the second, x2 - x1 is 0 but where a tap leaves
+    the grid: on 5 x 5 for 56 of the 225 (cell, tap) pairs, found at its four sides in 5 cells x 3
+    taps each (a corner's tap in two sides, where it counts once). All sides together are one
+    batched product. 225 + 60 products of C_in x C_out take the place of 450; alpha scales what is
+    read, before both. Where there is far less to write than to read (the shrinking layer, 256 to
+    3 channels) every kernel is applied to every cell first, and the small products are picked,
+    scaled and added.
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size=3, padding=("circular", "replicate"), grid_shape=(5, 5),
-                 bias=True):
+    def __init__(self, in_channels, out_channels, kernel_size=3, padding=("circular", "replicate"),
+                 grid_shape=(5, 5), bias=True):
         super().__init__()
-        if isinstance(padding, str):
-            raise ValueError(f"padding: {padding!r}, expected a tuple with an entry for each branch, as ({padding!r},)")
-        modes = tuple((p, p) if isinstance(p, str) else tuple(p) for p in padding)
-        for mode in (m for pair in modes for m in pair):
-            if mode not in ("circular", "replicate", "zeros"):
-                raise ValueError(f"padding: unknown mode {mode!r}, expected 'circular', 'replicate' or 'zeros'")
-        if not modes or any(len(pair) != 2 for pair in modes):
-            raise ValueError(f"padding: {padding!r}, expected a name or a (vertical, horizontal) pair for each branch")
+        self.padding = padding_pairs(padding)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: {kernel_size}, expected an odd number")
         self.grid_shape, self.kernel_size = tuple(grid_shape), kernel_size
-        self.weight = nn.Parameter(torch.empty(len(modes), out_channels, in_channels, kernel_size, kernel_size))
-        self.bias = nn.Parameter(torch.empty(len(modes), out_channels)) if bias else None
-        bound = 1 / math.sqrt(in_channels * kernel_size ** 2)  # as nn.Conv2d: kaiming_uniform_(a=sqrt(5)) per branch
-        for parameter in self.parameters(recurse=False):
+        kernels = (len(self.padding), out_channels, in_channels, kernel_size, kernel_size)
+        self.weight = nn.Parameter(torch.empty(kernels))
+        self.bias = nn.Parameter(torch.empty(kernels[:2])) if bias else None
+        bound = 1 / math.sqrt(in_channels * kernel_size**2)
+        for parameter in self.parameters(recurse=False):  # as nn.Conv2d does
             nn.init.uniform_(parameter, -bound, bound)
-        mixes, classes = _taps(modes, self.grid_shape, kernel_size)
-        taps = kernel_size ** 2
-        self.classes = [(len(cells), len(kernels)) for kernels, cells in classes.items()]  # (cells, taps) of each
-        # Where each cell stands among the classes' outputs. A list: for the gradient of an index_select here torch.compile
-        # (2.13, two threads) writes C++ that stores outside the array.
-        self.order = torch.tensor([cell for cells in classes.values() for cell, _ in cells]).argsort().tolist()
+
         self.multiply_first = 4 * out_channels < in_channels
-        products = [(cell, mix * taps + tap, source, cell * taps + tap) for kernels, cells in classes.items()
-                    for cell, sources in cells for (mix, tap), source in zip(kernels, sources)]
-        cell, kernel, source, pair = zip(*products)
-        for name, table in (
-                ("mixing", [[float(branch in mix) for branch in range(len(modes))] for mix in mixes]),
-                ("cell", cell), ("kernel", kernel), ("source", source), ("pair", pair),  # of each product, class by class
-                ("kernels", [mix * taps + tap for kernels in classes for mix, tap in kernels])):  # of each class
-            self.register_buffer(name, torch.tensor(table), persistent=False)
+        self._plan()
+
+    def reference(self, x, alpha=None):
+        """What `forward` returns, as the paper writes it: for each branch pad, unfold, multiply by
+        alpha (Eq. 8), one product with its kernel; add the branches."""
+        (B, C, H, P), K, out = x.shape, self.kernel_size, 0
+        alpha = self.alpha(x) if alpha is None else alpha
+        for kernel, modes in zip(self.weight, self.padding):
+            patches = F.unfold(pad(x, K // 2, *modes), K).view(B, C, K * K, H * P)
+            if alpha is not None:
+                patches = patches * alpha.reshape(B, 1, H * P, K * K).transpose(2, 3)
+            out = out + kernel.flatten(1) @ patches.flatten(1, 2)  # (B, C_out, H*P)
+        if self.bias is not None:
+            out = out + self.bias.sum(0)[:, None]
+        return out.view(B, -1, H, P)
+
+    def alpha(self, x):
+        """What scales the taps where none is given: nothing, in vanilla GridConv."""
 
     def forward(self, x, alpha=None):
-        B, C, H, P = x.shape
-        if (H, P) != self.grid_shape or C != self.weight.shape[2]:
-            raise ValueError(f"x: {C} channels on a {H} x {P} grid, expected {self.weight.shape[2]} on "
-                             f"{self.grid_shape[0]} x {self.grid_shape[1]}")
-        cells = x.permute(0, 2, 3, 1).reshape(B, H * P, C)  # a view where x is channels_last
-        bank = self.mixing @ self.weight.permute(0, 3, 4, 2, 1).flatten(1)  # the branches' kernels, added
-        bank = bank.view(-1, C, self.weight.shape[1])  # (mixes * K * K, C_in, C_out)
+        B, K, C = len(x), self.kernel_size, self.weight.shape[2]
+        if tuple(x.shape) != (B, C, *self.grid_shape):
+            raise ValueError(f"x: {tuple(x.shape)}, expected {(B, C, *self.grid_shape)}")
+        alpha = self.alpha(x) if alpha is None else alpha
         if alpha is not None:
-            K = self.kernel_size
-            if alpha.shape != (B, H, P, K, K):
-                raise ValueError(f"alpha: shape {tuple(alpha.shape)}, expected {(B, H, P, K, K)}")
-            alpha = alpha.reshape(B, H * P * K * K, 1)
-        out = (self._multiply_first if self.multiply_first else self._gather_first)(cells, bank, alpha)
-        if self.bias is not None:
-            out = out + self.bias.sum(0)
-        return out.view(B, H, P, out.shape[2]).permute(0, 3, 1, 2)
+            if tuple(alpha.shape) != (B, *self.grid_shape, K, K):
+                raise ValueError(f"alpha: {tuple(alpha.shape)}, not {B, *self.grid_shape, K, K}")
+            alpha = alpha.reshape(B, math.prod(alpha.shape[1:]), 1)  # (B, H*P * K*K, 1)
+        cells = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H*P, C_in); of channels_last, a view
+        form = self._multiply_first if self.multiply_first else self._read_first
+        return form(cells, alpha).unflatten(1, self.grid_shape).permute(0, 3, 1, 2)
 
-    def _gather_first(self, cells, bank, alpha):
-        B, _, C = cells.shape
-        out, product, first = [], 0, 0
-        for count, taps in self.classes:
-            these = slice(product, product + count * taps)
-            patch = cells.index_select(1, self.source[these])  # (B, count * taps, C_in)
-            if alpha is not None:
-                scale = alpha.index_select(1, self.pair[these])  # Eq. 8: alpha scales the kernel's taps
-                # No gradient needs the unscaled patch: a tensor less to write. Autocast may mix dtypes.
-                in_place = not torch.is_grad_enabled() and patch.dtype == scale.dtype
-                patch = patch.mul_(scale) if in_place else patch * scale
-            kernel = bank.index_select(0, self.kernels[first:first + taps]).flatten(0, 1)  # (taps * C_in, C_out)
-            out.append((patch.view(B * count, taps * C) @ kernel).view(B, count, kernel.shape[1]))
-            product, first = product + count * taps, first + taps
-        out = torch.cat(out, 1).unbind(1)
-        return torch.stack([out[i] for i in self.order], 1)  # (B, H * P, C_out)
+    def _table(self, name, values):
+        """A constant that moves with the layer and is not saved; from a list, for the meta
+        device."""
+        self.register_buffer(name, torch.tensor(values.tolist()), persistent=False)
 
-    def _multiply_first(self, cells, bank, alpha):
-        B, cell_count, _ = cells.shape
-        out = cells @ bank.transpose(0, 1).flatten(1)  # every kernel on every cell
-        out = out.view(B, cell_count * len(bank), bank.shape[2])
-        out = out.index_select(1, self.source * len(bank) + self.kernel)  # (B, products, C_out)
+    def _plan(self):
+        """The tables of the two forms: what each of them reads where."""
+        (H, P), K, reach = self.grid_shape, self.kernel_size, self.kernel_size // 2
+        reads = [read_cells((H, P), K, modes) for modes in self.padding]
+        if self.multiply_first:
+            cell, branch, tap, source = torch.stack(reads, 1).nonzero(as_tuple=True)
+            self._table("picks", (source * len(reads) + branch) * K * K + tap)
+            self._table("pairs", cell * K * K + tap)
+            self._table("targets", cell)
+            return
+
+        # The base reads no zeros: the first branch of that kind, or else as `replicate`.
+        reads.append(read_cells((H, P), K, ("replicate", "replicate")))
+        base = next(read for read in reads if read.sum() == H * P * K * K)
+        self._table("sources", base.argmax(2).flatten())
+
+        # The border: a group for each branch that reads otherwise and each side of the grid.
+        cell_at = torch.arange(H * P, device="cpu").view(H, P)
+        tap_at = torch.arange(K * K, device="cpu").view(K, K)
+        pair_at = cell_at[..., None, None] * K * K + tap_at
+        every, low, high = slice(None), slice(0, reach), slice(-reach, None)
+        differences, pairs, taps, targets = [], [], [], []
+        for branch, read in enumerate(reads[:-1]):
+            difference = (read - base).view(H, P, K, K, H * P)
+            for side in ((low, every), (high, every), (every, low), (every, high)):
+                pair = side + side  # rows and columns of cells, rows and columns of taps
+                if difference[pair].any():
+                    differences.append(difference[pair].clone().flatten(2, 3).flatten(0, 1))
+                    difference[pair] = 0  # a corner's taps count for the first of its sides
+                    pairs.append(pair_at[pair].flatten(2).flatten(0, 1))
+                    taps.append(branch * K * K + tap_at[side].flatten())
+                    targets.append(cell_at[side].flatten())
+        self.groups = len(taps)
+        if self.groups:  # sides of fewer cells are filled up with zeros: (slots, groups, ...)
+            self._table("differences", pad_sequence(differences).flatten(0, 2).float())
+            self._table("pairs", pad_sequence(pairs).flatten())
+            self._table("taps", torch.cat(taps))
+            self._table("targets", pad_sequence(targets).flatten())
+
+    def _read_first(self, cells, alpha):
+        (B, places, C_in), (branches, C_out, *_, K) = cells.shape, self.weight.shape
+        kernels = self.weight.permute(0, 3, 4, 2, 1).reshape(branches, K * K * C_in, C_out)
+        summed = kernels.sum(0)
+        # A CPU takes some samples at a time: what they read then stays where it is found quickly.
+        keep = torch.is_grad_enabled()  # else nothing needs what is read unscaled
+        whole = cells.is_cuda or torch.compiler.is_compiling()
+        size = B if whole else CPU_SAMPLES[keep]
+        parts, out = cells.split(size), []
+        alphas = [None] * len(parts) if alpha is None else alpha.split(size)
+        for part, scale in zip(parts, alphas):
+            patches = part.index_select(1, self.sources)  # x1 (B, H*P * K*K, C_in)
+            if scale is not None:
+                patches = patches * scale if keep else patches.mul_(scale)
+            out.append(torch.mm(patches.view(-1, K * K * C_in), summed))
+        out = torch.cat(out).view(B, places, C_out)
+        if self.groups:
+            out = out.index_add(1, self.targets, self._border(cells, alpha, kernels))
+        return out if self.bias is None else out + self.bias.sum(0).to(out.dtype)
+
+    def _border(self, cells, alpha, kernels):
+        """W2 (x2 - x1) wherever x2 is not x1: (B, slots * groups, C_out)."""
+        (B, _, C_in), C_out = cells.shape, kernels.shape[2]
+        kernels = kernels.reshape(-1, C_in, C_out).index_select(0, self.taps)
+        kernels = kernels.view(self.groups, -1, C_out)  # (groups, taps * C_in, C_out)
+        read = self.differences.expand(B, -1, -1)
         if alpha is not None:
-            out = out * alpha.index_select(1, self.pair)
-        return out.new_zeros(B, cell_count, out.shape[2]).index_add(1, self.cell, out)
+            read = alpha.index_select(1, self.pairs) * self.differences
+        read = torch.bmm(read, cells)  # (B, slots * groups * taps, C_in)
+        read = read.view(-1, self.groups, kernels.shape[1]).transpose(0, 1)
+        added = torch.bmm(read, kernels)  # (groups, B * slots, C_out)
+        return added.transpose(0, 1).reshape(B, len(self.targets), C_out)
+
+    def _multiply_first(self, cells, alpha):
+        (B, places, C_in), C_out = cells.shape, self.weight.shape[1]
+        kernels = self.weight.permute(2, 0, 3, 4, 1).reshape(C_in, -1)
+        products = torch.mm(cells.reshape(B * places, C_in), kernels)
+        products = products.view(B, places * len(kernels[0]) // C_out, C_out)
+        products = products.index_select(1, self.picks)  # those that a cell, branch and tap read
+        if alpha is not None:
+            products = products * alpha.index_select(1, self.pairs)
+        out = products.new_zeros(B, places, C_out).index_add(1, self.targets, products)
+        return out if self.bias is None else out + self.bias.sum(0).to(out.dtype)
 
 
 class GridAttention(nn.Module):
-    """The attention module pi of Eq. 7: x (B, C, H, P) -> alpha (B, H, P, K, K) in (0, 1), SE-type.
+    """The attention module pi of Eq. 7: x (B, C, H, P) -> alpha (B, H, P, K, K) in (0, 1),
+    SE-type.
 
-    Global average pool, linear to max(C / 16, 16), batch norm, ReLU, linear to K * K * H * P, sigmoid(. / temperature).
-    The order and the widths are the release's; the paper's text puts batch norm first. The temperature, which the
-    paper does not mention, is 30 in every published weight.
+    Global average pool, linear to max(C / 16, 16), batch norm, ReLU, linear to K * K * H * P,
+    sigmoid(. / temperature). The order and the widths are the release's; the paper's text puts
+    batch norm first. The temperature, which the paper does not mention, is 30 in every published
+    weight.
     """
 
     def __init__(self, channels, kernel_size, grid_shape, temperature=30.0):
@@ -337,95 +438,100 @@ class GridAttention(nn.Module):
     def forward(self, x):
         z = F.relu(self.norm(self.squeeze(x.mean((2, 3)))))  # (B, width)
         alpha = torch.sigmoid(self.position(z) / self.temperature)
-        return alpha.view(x.shape[0], *self.shape).permute(0, 3, 4, 1, 2)
+        return alpha.view(len(x), *self.shape).permute(0, 3, 4, 1, 2)
 
 
 class DynamicGridConv(GridConv):
-    """Dynamic grid convolution, Eq. 7-8: every cell of every pose scales the kernel's K x K taps by its own alpha.
+    """Dynamic grid convolution, Eq. 7-8: each cell of each pose scales the kernel's taps by its
+    alpha.
 
-    Arguments and shapes as GridConv. forward(x, alpha=None): alpha (B, H, P, K, K) replaces the attention's own. One
-    alpha serves all branches.
+    Arguments and shapes as GridConv. forward(x, alpha=None), reference(x, alpha=None): an alpha
+    (B, H, P, K, K) replaces the attention's own. One alpha serves all branches.
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size=3, padding=("circular", "replicate"), grid_shape=(5, 5),
-                 bias=True):
-        super().__init__(in_channels, out_channels, kernel_size, padding, grid_shape, bias)
-        self.attention = GridAttention(in_channels, kernel_size, self.grid_shape)
+    def __init__(self, in_channels, *args, **options):
+        super().__init__(in_channels, *args, **options)
+        self.attention = GridAttention(in_channels, self.kernel_size, self.grid_shape)
 
-    def forward(self, x, alpha=None):
-        return super().forward(x, self.attention(x) if alpha is None else alpha)
+    def alpha(self, x):
+        return self.attention(x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4. The grid lifting network (section 3.4, Figure 1)
 
 
 def check_pose(pose, *wanted):
     """ValueError unless pose is (B, *wanted)."""
     if tuple(pose.shape[1:]) != wanted:
-        raise ValueError(f"pose: shape {tuple(pose.shape)}, expected (B, {', '.join(map(str, wanted))})")
+        raise ValueError(f"pose: {tuple(pose.shape)}, expected (B, {', '.join(map(str, wanted))})")
 
 
-class GridLayer(nn.Module):
+def grid_layer(conv, channels, dropout):
     """(D-)GridConv, batch norm, ReLU, dropout of whole channels (section 4.2)."""
-
-    def __init__(self, conv, channels, dropout):
-        super().__init__()
-        self.conv, self.norm, self.dropout = conv, nn.BatchNorm2d(channels), nn.Dropout2d(dropout)
-
-    def forward(self, x):
-        return self.dropout(F.relu(self.norm(self.conv(x))))
+    return nn.Sequential(OrderedDict(
+        conv=conv, norm=nn.BatchNorm2d(channels), relu=nn.ReLU(), dropout=nn.Dropout2d(dropout)))
 
 
 class GridLiftingNetwork(nn.Module):
-    """The grid lifting network, Eq. 9: pose (B, J, 2) in about [-1, 1] -> (B, J, 3) in metres, root-relative.
+    """The grid lifting network, Eq. 9: pose (B, J, 2) in about [-1, 1] -> (B, J, 3), metres from
+    root.
 
-    layout: a nested tuple (handcrafted SGT), an AutoGrids (learnable SGT), or None with a grid_shape: then only
-    forward_grid works. kernel_sizes (a, (b, c), d): the expanding layer, the two layers of a block, the shrinking one
-    (Table E). padding: the branches of every layer, see GridConv. attention: "grid" is D-GridConv, None vanilla
-    GridConv, "channel", "spatial" and "spatial+channel" the other designs of Figure 8.
-    ValueError: what assignment_matrix and GridConv refuse, a layout of another size, neither layout nor grid_shape, an
-    unknown attention, a pose of another shape, a pose where there is no layout.
+    layout: a nested tuple (handcrafted SGT), an AutoGrids (learnable SGT), or None with a
+    grid_shape: then only forward_grid works. kernel_sizes (a, (b, c), d): the expanding layer,
+    the two layers of a block, the shrinking one (Table E). padding: the branches of every layer,
+    see GridConv.
+    attention: "grid" is D-GridConv, None vanilla GridConv, "channel", "spatial" and
+    "spatial+channel" the other designs of Figure 8.
+    ValueError: what assignment_matrix and GridConv refuse, a layout of another size, neither
+    layout nor grid_shape, an unknown attention, a pose of another shape, a pose where there is no
+    layout.
     """
 
     receptive_field = 1  # frames
 
     def __init__(self, num_joints=17, layout=HANDCRAFTED_5X5, grid_shape=None, hidden=256, blocks=2,
-                 kernel_sizes=(3, (3, 3), 3), padding=("circular", "replicate"), attention="grid", dropout=0.25,
-                 in_dim=2, out_dim=3):
+                 kernel_sizes=(3, (3, 3), 3), padding=("circular", "replicate"), attention="grid",
+                 dropout=0.25, in_dim=2, out_dim=3):
         super().__init__()
-        if layout is None and grid_shape is None:
-            raise ValueError("grid_shape: needed where there is no layout")
         self.num_joints, self.in_dim = num_joints, in_dim
         self.autogrids = layout if isinstance(layout, AutoGrids) else None
         if self.autogrids is not None:
             found, joints = layout.grid_shape, layout.s_prob.shape[1]
             if joints != num_joints:
                 raise ValueError(f"layout: an AutoGrids of {joints} joints, expected {num_joints}")
+        elif layout is not None:
+            self.register_buffer("fixed_assignment", assignment_matrix(layout, num_joints))
+            found = (len(layout), len(layout[0]))
+        elif grid_shape is not None:
+            self.register_buffer("fixed_assignment", None)
+            found = grid_shape
         else:
-            S = None if layout is None else assignment_matrix(layout, num_joints)
-            self.register_buffer("fixed_assignment", S)
-            found = grid_shape if layout is None else (len(layout), len(layout[0]))
-        if grid_shape is not None and tuple(grid_shape) != tuple(found):
-            raise ValueError(f"grid_shape: {tuple(grid_shape)}, but the layout is {tuple(found)}")
+            raise ValueError("grid_shape: needed where there is no layout")
         self.grid_shape = tuple(found)
+        if tuple(grid_shape or found) != self.grid_shape:
+            raise ValueError(f"grid_shape: {grid_shape}, but the layout is {self.grid_shape}")
         if attention not in CONVOLUTIONS:
-            raise ValueError(f"attention: unknown {attention!r}, expected one of {list(CONVOLUTIONS)}")
+            raise ValueError(f"attention: unknown {attention!r}, not of {list(CONVOLUTIONS)}")
 
         def conv(c_in, c_out, kernel_size, bias=True):
-            return CONVOLUTIONS[attention](c_in, c_out, kernel_size, padding, self.grid_shape, bias)
+            make = CONVOLUTIONS[attention]
+            return make(c_in, c_out, kernel_size, padding, self.grid_shape, bias)
 
-        expand, (first, second), shrink = kernel_sizes
-        self.expand = GridLayer(conv(in_dim, hidden, expand), hidden, dropout)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(GridLayer(conv(hidden, hidden, first), hidden, dropout),
-                          GridLayer(conv(hidden, hidden, second), hidden, dropout)) for _ in range(blocks))
+        expand, inner, shrink = kernel_sizes
+        self.expand = grid_layer(conv(in_dim, hidden, expand), hidden, dropout)
+        self.blocks = nn.ModuleList()
+        for _ in range(blocks):
+            layers = (grid_layer(conv(hidden, hidden, size), hidden, dropout) for size in inner)
+            self.blocks.append(nn.Sequential(*layers))
         self.shrink = conv(hidden, out_dim, shrink, bias=False)  # no bias, as released
 
     @property
     def temperature(self):
-        """The temperature of the attention's sigmoid, 30 unless set; without grid attention it has no effect."""
-        return next((m.temperature.item() for m in self.modules() if isinstance(m, GridAttention)), 30.0)
+        """The temperature of the attention's sigmoid, 30 unless set; only grid attention has
+        one."""
+        found = [m.temperature for m in self.modules() if isinstance(m, GridAttention)]
+        return found[0].item() if found else 30.0
 
     @temperature.setter
     def temperature(self, value):
@@ -437,143 +543,161 @@ class GridLiftingNetwork(nn.Module):
         """S (H*P, J) of this forward: fixed, or one sample of AutoGrids."""
         return self.fixed_assignment if self.autogrids is None else self.autogrids()
 
+    def coordinates(self, x):
+        """The shrinking layer, features (B, C, H, P) -> (B, 3, H, P); never rounded to bfloat16."""
+        with outside_autocast(x):
+            return self.shrink(x.to(self.shrink.weight.dtype))
+
     def forward_grid(self, grid):
         """The network between SGT and inverse SGT: (B, 2, H, P) -> (B, 3, H, P)."""
         x = self.expand(grid)
         for block in self.blocks:
             x = x + block(x)
-        return self.shrink(x)
+        return self.coordinates(x)
 
     def forward(self, pose):
         check_pose(pose, self.num_joints, self.in_dim)
         S = self.assignment()  # the same sample goes in and comes out
         if S is None:
             raise ValueError("this network has no layout (layout=None): only forward_grid works")
-        return inverse_sgt(self.forward_grid(sgt(pose, S, self.grid_shape)), S)  # Eq. 9
+        grid = self.forward_grid(sgt(pose, S, self.grid_shape))
+        return inverse_sgt(grid, S)  # Eq. 9
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 5. The authors' weights
+
+RELEASED_PARTS = {"norm": "batch_norm", "attention.squeeze": "atten_conv.fc",
+                  "attention.norm": "atten_conv.bn", "attention.position": "atten_conv.position_fc"}
+
+
+def released_views(name, value, branches):
+    """An entry of our state under the names and in the shapes of the release: {name: view}."""
+    if name == "autogrids.s_prob":
+        return {"sgt_layer.sgt_trans_mat": value[None]}
+    # Layers are numbered 1 and 2, in each stage and around all of them.
+    layer = r"(?:expand|(shrink)|blocks\.(\d+)\.(\d+))\.(?:conv\.)?(?:(.+)\.)?(\w+)"
+    last, block, position, part, entry = re.fullmatch(layer, name).groups()
+    stage = f"linear_stages.{block}." if block else ""
+    number = 2 if last or position == "1" else 1
+    if part is None:
+        return {f"{stage}w{number}.{branch}{entry}": view for branch, view in zip(branches, value)}
+    if value.dim() == 2:
+        value = value[..., None, None]  # linear layers are convolutions there
+    module, *inner = RELEASED_PARTS[part].split(".")
+    return {".".join([f"{stage}{module}{number}", *inner, entry]): value}
 
 
 def from_released(state_dict, padding, grid_shape=(5, 5)):
-    """A GridLiftingNetwork with the authors' weights: vanilla, dynamic and AutoGrids alike, in the weights' own dtype.
+    """A GridLiftingNetwork with the authors' weights: vanilla, dynamic or AutoGrids, in their
+    dtype.
 
-    padding, which the file does not say: ("circular", "replicate") for the models on ground-truth 2D, ("circular",
-    "zeros") for those on HRNet's and for vanilla ones. Without a learnt grid the layout is RELEASED_5X5 on 5 x 5 and
-    None on other shapes. ValueError: weights that are not GridConv's, or that do not fit the grid or the branches.
+    padding and grid_shape are not in the weights: give those they were trained with. On 5 x 5
+    without a learnt grid the layout is RELEASED_5X5; on other grids there is none, and only
+    forward_grid works. Prefixes of nn.DataParallel and torch.compile (`module.`, `_orig_mod.`)
+    are taken off.
+    ValueError: weights that are not a released GridConv's or do not fit grid or branches, by
+    name.
     """
-    try:
-        return _read_released(state_dict, padding, grid_shape)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    weights = {}
+    for name, value in dict(state_dict or {}).items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"released GridConv: {name} is {value!r}, expected a tensor")
+        weights[re.sub(r"^((module|_orig_mod)\.)+", "", str(name))] = value
+
+    branches = sorted(name[3:-6] for name in weights if re.fullmatch(r"w1\..*weight", name))
+    if len(branches) != len(padding):
         raise ValueError(
-            f"not the weights of a released GridConv that fit padding {padding} on {grid_shape}: {error}") from None
-
-
-def _read_released(state_dict, padding, grid_shape):
-    """from_released, with whatever error reading something else ends in."""
-    new = {}
-    for key in sorted(state_dict):
-        value = state_dict[key]
-        found = re.fullmatch(r"(?:linear_stages\.(\d+)\.)?(w|batch_norm|atten_conv)([12])\.(.+)", key)
-        if key == "sgt_layer.sgt_trans_mat":  # (1, H*P, J)
-            new["autogrids.s_prob"], = value
-            continue
-        if not found:
-            raise ValueError(f"unexpected entry {key!r}")
-        block, part, which, rest = found.groups()
-        layer = f"blocks.{block}.{int(which) - 1}" if block else ("expand", "shrink")[int(which) - 1]
-        conv = layer if layer == "shrink" else f"{layer}.conv"
-        if part == "w":  # an entry per branch: branch1_weight, or donut_conv.weight (circular), tablet_conv.weight
-            new.setdefault(f"{conv}.{re.split('[._]', rest)[-1]}", []).append(value)
-        elif part == "batch_norm":
-            new[f"{layer}.norm.{rest}"] = value
-        else:
-            name, _, entry = rest.partition(".")  # an unknown name stays, and load_state_dict names it
-            name = {"fc": "squeeze", "bn": "norm", "position_fc": "position"}.get(name, name)
-            new[f"{conv}.attention.{name}.{entry}"] = value.flatten(1) if value.dim() == 4 else value  # 1 x 1 conv
-    new = {k: torch.stack(v) if isinstance(v, list) else v for k, v in new.items()}
-    if "expand.conv.weight" not in new or "shrink.weight" not in new:
-        raise ValueError(f"no w1 and w2 among {len(state_dict)} entries")
-    kernel = {k: v.shape[-1] for k, v in new.items() if v.dim() == 5}
-    blocks = sum(k.endswith(".0.conv.weight") for k in new)
-    S = new.get("autogrids.s_prob")
-    if S is not None:
-        layout = AutoGrids(S.shape[1], grid_shape, "random")
-    else:
-        layout = RELEASED_5X5 if tuple(grid_shape) == (5, 5) else None
-    _, hidden, in_dim = new["expand.conv.weight"].shape[:3]
+            f"released GridConv: weights of {len(branches)} branches, padding {padding}: expected "
+            "w1.branch1_weight and so on, or w1.donut_conv.weight and w1.tablet_conv.weight")
+    first = weights[f"w1.{branches[0]}weight"]
+    stages = {name.split(".")[1] for name in weights if name.startswith("linear_stages.")}
+    layout = RELEASED_5X5 if tuple(grid_shape) == (5, 5) else None
+    if "sgt_layer.sgt_trans_mat" in weights:
+        layout = AutoGrids(17, grid_shape, "random")
     network = GridLiftingNetwork(
-        17 if S is None else S.shape[1], layout, grid_shape, hidden, blocks,
-        (kernel["expand.conv.weight"], tuple(kernel.get(f"blocks.0.{i}.conv.weight", 3) for i in (0, 1)),
-         kernel["shrink.weight"]), padding, "grid" if "expand.conv.attention.squeeze.weight" in new else None,
-        in_dim=in_dim, out_dim=new["shrink.weight"].shape[1])
-    if network.autogrids is None and layout is not None:
-        new["fixed_assignment"] = network.fixed_assignment
-    network.load_state_dict(new)
-    return network.to(new["expand.conv.weight"].dtype)
+        17, layout, grid_shape, max(1, first.shape[:1].numel()), len(stages), padding=padding,
+        attention="grid" if "atten_conv1.fc.weight" in weights else None)
+
+    state = network.to((first + 0.0).dtype).state_dict()
+    state.pop("fixed_assignment", None)
+    views = {}
+    for name, ours in state.items():
+        views |= released_views(name, ours, branches)
+    for theirs, view in views.items():
+        if theirs not in weights and theirs.endswith("num_batches_tracked"):
+            continue  # older releases of torch did not count them
+        found = tuple(weights[theirs].shape) if theirs in weights else "missing"
+        if found != tuple(view.shape):
+            raise ValueError(f"released GridConv: {theirs} is {found}, expected {(*view.shape,)}")
+        view.copy_(weights.pop(theirs))
+    if weights:
+        raise ValueError(f"released GridConv: unexpected {min(weights)} ({len(weights)} in all)")
+    return network
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 6. Variants and ablations
-
-# Table 6, 32 joints on 7 x 5. The paper does not print its layout; this one is ours and satisfies Eq. 2 and 3.
-# Arms above, head between them, legs below.
-HANDCRAFTED_7X5 = ((29, 28, 21, 22, 23),
-                   (26, 27, 20, 19, 18),
-                   (25, 30, 14, 13, 17),
-                   (24, 31, 15, 12, 16),
-                   (12, 1, 0, 6, 7),
-                   (3, 2, 11, 12, 8),
-                   (4, 5, 0, 10, 9))
 
 
 class AttentiveGridConv(GridConv):
-    """GridConv with the attention designs that Figure 8 compares with (section 4.5), applied to what the layer puts out.
+    """GridConv with the attention designs that Figure 8 compares with (section 4.5), applied to
+    what the layer puts out.
 
-    "channel": squeeze and excitation (Hu et al. 2018), one factor in (0, 1) for each channel. "spatial": one for each
-    cell, from the mean and the maximum over channels (a reduced CBAM, Woo et al. 2018; its convolution is a GridConv of
-    the same padding). "spatial+channel": channel first, then spatial, as CBAM. The paper gives no more than these names.
+    "channel": squeeze and excitation (Hu et al. 2018), one factor in (0, 1) for each channel.
+    "spatial": one for each cell, from the mean and the maximum over channels (a reduced CBAM, Woo
+    et al. 2018; its convolution is a GridConv of the same padding). "spatial+channel": channel
+    first, then spatial, as CBAM. The paper gives no more than these names.
     """
 
-    def __init__(self, design, in_channels, out_channels, kernel_size=3, padding=("circular", "replicate"),
-                 grid_shape=(5, 5), bias=True):
-        super().__init__(in_channels, out_channels, kernel_size, padding, grid_shape, bias)
+    def __init__(self, design, in_channels, out_channels, *args, **options):
+        super().__init__(in_channels, out_channels, *args, **options)
         width = max(out_channels // 16, 16)
         self.channel = self.spatial = None
         if "channel" in design:
-            self.channel = nn.Sequential(nn.Linear(out_channels, width), nn.ReLU(), nn.Linear(width, out_channels))
+            self.channel = nn.Sequential(
+                nn.Linear(out_channels, width), nn.ReLU(), nn.Linear(width, out_channels))
         if "spatial" in design:
-            self.spatial = GridConv(2, 1, 3, padding, grid_shape)
+            self.spatial = GridConv(2, 1, 3, self.padding, self.grid_shape)
 
-    def forward(self, x):
-        x = super().forward(x)
+    def reference(self, x, alpha=None):
+        return self.attend(super().reference(x, alpha))
+
+    def forward(self, x, alpha=None):
+        return self.attend(super().forward(x, alpha))
+
+    def attend(self, x):
+        """x (B, C_out, H, P) times its attention."""
         if self.channel is not None:
             x = x * torch.sigmoid(self.channel(x.mean((2, 3))))[:, :, None, None]
         if self.spatial is not None:
-            x = x * torch.sigmoid(self.spatial(torch.stack([x.mean(1), x.amax(1)], 1)))
+            maps = torch.stack([x.mean(1), x.amax(1)], 1)
+            x = x * torch.sigmoid(self.spatial(maps))
         return x
 
 
-CONVOLUTIONS = {"grid": DynamicGridConv, None: GridConv,
-                **{name: partial(AttentiveGridConv, name) for name in ("channel", "spatial", "spatial+channel")}}
+CONVOLUTIONS = {"grid": DynamicGridConv, None: GridConv}
+for _design in ("channel", "spatial", "spatial+channel"):
+    CONVOLUTIONS[_design] = partial(AttentiveGridConv, _design)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 7. Temporal GridConv (B.3, Table C)
 
 
 class TemporalGridConv(nn.Module):
-    """3D D-GridConv (B.3) with K_t = frames and K_s = 3: a D-GridConv for each of K_t frames, added up.
+    """3D D-GridConv (B.3) with K_t = frames and K_s = 3: a D-GridConv for each of K_t frames,
+    added.
 
-    x (B * T, C_in, H, P), the T frames of a sample in a row -> (B * T / K_t, C_out, H, P). Groups of K_t frames do not
-    overlap: for one pose a window the same as VideoPose3D's dilation, and cheaper. K_t = 1 is D-GridConv itself.
+    x (B * T, C_in, H, P), the T frames of a sample in a row -> (B * T / K_t, C_out, H, P). Groups
+    of K_t frames do not overlap: for one pose a window the same as VideoPose3D's dilation, and
+    cheaper. K_t = 1 is D-GridConv itself.
     """
 
     def __init__(self, in_channels, out_channels, frames, padding, grid_shape):
         super().__init__()
-        self.frames = nn.ModuleList(  # no bias: batch norm follows
-            DynamicGridConv(in_channels, out_channels, 3, padding, grid_shape, bias=False) for _ in range(frames))
+        shape = (in_channels, out_channels, 3, padding, grid_shape, False)  # no bias
+        self.frames = nn.ModuleList(DynamicGridConv(*shape) for _ in range(frames))
 
     def forward(self, x):
         x = x.unflatten(0, (-1, len(self.frames)))  # (B * T / K_t, K_t, C_in, H, P)
@@ -581,39 +705,47 @@ class TemporalGridConv(nn.Module):
 
 
 class TemporalGridLiftingNetwork(GridLiftingNetwork):
-    """Temporal GridConv: poses (B, T, J, 2) in about [-1, 1] -> (B, J, 3), the centre frame's, metres, root-relative.
+    """Temporal GridConv: poses (B, T, J, 2) about [-1, 1] -> the centre frame's (B, J, 3),
+    metres.
 
-    VideoPose3D (Pavllo et al. 2019) with 3D D-GridConv in place of its convolutions: an expanding layer, then a residual
-    block for each further filter width, of K_t = width and then K_t = 1, whose shortcut takes the centre frame of each
-    group; T = receptive_field is the product of the widths. One assignment serves all frames.
-    With its defaults 38,063,324 parameters (Table C: 38.1 M, which fits hidden = 512; no C is printed). Ours, where the
-    paper is silent: every frame of a kernel has an attention of its own, fed by the frame it reads (one for all frames
-    would make 38.0 M); dropout takes whole channels, and the shrinking layer has K_t = 1 and K_s = 3, as in the
-    single-frame network.
-    ValueError: what GridLiftingNetwork refuses; a filter width that is even or below 1, or a product of 1.
+    VideoPose3D (Pavllo et al. 2019) with 3D D-GridConv in place of its convolutions: an expanding
+    layer, then a residual block for each further filter width, of K_t = width and then K_t = 1,
+    whose shortcut takes the centre frame of each group; T = receptive_field is the product of the
+    widths.
+    One assignment serves all frames.
+    With its defaults 38,063,324 parameters (Table C: 38.1 M, which fits hidden = 512; no C is
+    printed). Ours, where the paper is silent: every frame of a kernel has an attention of its
+    own, fed by the frame it reads (one for all frames would make 38.0 M); dropout takes whole
+    channels, and the shrinking layer has K_t = 1 and K_s = 3, as in the single-frame network.
+    ValueError: what GridLiftingNetwork refuses; a filter width that is even or below 1, or a
+    product of 1.
     """
 
-    def __init__(self, num_joints=17, layout=HANDCRAFTED_5X5, grid_shape=None, filter_widths=(3, 3, 3), hidden=512,
-                 padding=("circular", "replicate"), dropout=0.25, in_dim=2, out_dim=3):
-        super().__init__(num_joints, layout, grid_shape, hidden, 0, padding=padding, dropout=dropout, in_dim=in_dim,
-                         out_dim=out_dim)
-        odd = lambda width: hasattr(width, "__index__") and width > 0 and width % 2 == 1
-        if not isinstance(filter_widths, (tuple, list)) or not all(map(odd, filter_widths)) or math.prod(filter_widths) == 1:
-            raise ValueError(f"filter_widths: {filter_widths!r}, expected odd numbers above 0 whose product is above 1")
+    def __init__(self, num_joints=17, layout=HANDCRAFTED_5X5, grid_shape=None,
+                 filter_widths=(3, 3, 3), hidden=512, padding=("circular", "replicate"),
+                 dropout=0.25, in_dim=2, out_dim=3):
+        super().__init__(num_joints, layout, grid_shape, hidden, 0, padding=padding,
+                         dropout=dropout, in_dim=in_dim, out_dim=out_dim)
+        odd = isinstance(filter_widths, (tuple, list)) and all(
+            hasattr(width, "__index__") and width > 0 and width % 2 for width in filter_widths)
+        if not odd or math.prod(filter_widths) == 1:
+            raise ValueError(f"filter_widths: {filter_widths!r}, expected odd numbers, not all 1")
         self.filter_widths, self.receptive_field = tuple(filter_widths), math.prod(filter_widths)
 
         def layer(c_in, frames):
-            return GridLayer(TemporalGridConv(c_in, hidden, frames, padding, self.grid_shape), hidden, dropout)
+            conv = TemporalGridConv(c_in, hidden, frames, padding, self.grid_shape)
+            return grid_layer(conv, hidden, dropout)
 
         self.expand = layer(in_dim, filter_widths[0])
-        self.blocks = nn.ModuleList(nn.Sequential(layer(hidden, width), layer(hidden, 1)) for width in filter_widths[1:])
+        blocks = [nn.Sequential(layer(hidden, T), layer(hidden, 1)) for T in filter_widths[1:]]
+        self.blocks = nn.ModuleList(blocks)
 
     def forward_grid(self, grid):
         """The network between SGT and inverse SGT: (B * T, 2, H, P) -> (B, 3, H, P)."""
         x = self.expand(grid)
         for width, block in zip(self.filter_widths[1:], self.blocks):
-            x = x.unflatten(0, (-1, width))[:, width // 2] + block(x)
-        return self.shrink(x)
+            x = x.unflatten(0, (-1, width))[:, width // 2] + block(x)  # the centre frames
+        return self.coordinates(x)
 
     def forward(self, pose):
         check_pose(pose, self.receptive_field, self.num_joints, self.in_dim)
@@ -621,35 +753,40 @@ class TemporalGridLiftingNetwork(GridLiftingNetwork):
 
     def scheduled_norms(self):
         """The batch norms whose momentum VideoPose3D's training schedules: all of them."""
-        return [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        norms = (nn.BatchNorm1d, nn.BatchNorm2d)
+        return [module for module in self.modules() if isinstance(module, norms)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 8. Training together with a 2D detector (A.6)
 
 
 def soft_argmax(heatmaps):
-    """Soft-argmax (Sun et al. 2018): heatmaps (B, J, h, w), before any softmax -> the mean position (B, J, 2) of each.
+    """Soft-argmax (Sun et al. 2018): heatmaps (B, J, h, w), before any softmax -> the mean
+    position (B, J, 2) of each.
 
-    (x, y) from the middle of the map, in units of half its longer side, pixels at their centres: what a lifter takes in
-    when the map covers the image (normalisation `longest`).
+    (x, y) from the middle of the map, in units of half its longer side, pixels at their centres:
+    what a lifter takes in when the map covers the image (normalisation `longest`).
     """
     h, w = heatmaps.shape[2:]
     p = heatmaps.flatten(2).softmax(2).unflatten(2, (h, w))
-    x, y = ((2 * torch.arange(n, device=p.device, dtype=p.dtype) + 1 - n) / max(h, w) for n in (w, h))
+    centres = torch.arange(max(h, w), device=p.device, dtype=p.dtype) * 2 + 1
+    x, y = (centres[:w] - w) / max(h, w), (centres[:h] - h) / max(h, w)
     return torch.stack([p.sum(2) @ x, p.sum(3) @ y], 2)
 
 
 def joint_loss(pose_2d, target_2d, pose_3d, target_3d, weight=160.0):
-    """Eq. 13: the mean absolute error of 2D poses (..., 2) plus weight (lambda) times the mean squared error of 3D poses.
+    """Eq. 13: the mean absolute error of 2D poses (..., 2) plus weight (lambda) times the mean
+    squared error of 3D poses (..., 3).
 
-    Means over coordinates, as in training with Eq. 10; metres in 3D. The paper prints norms without units. Start from a
-    lifter trained alone: against a fresh one the 3D term outweighs the other, and the detector hardly learns.
+    Means over coordinates, as in training with Eq. 10; metres in 3D. The paper prints norms
+    without units. Start from a lifter trained alone: against a fresh one the 3D term outweighs
+    the other, and the detector hardly learns.
     """
     return F.l1_loss(pose_2d, target_2d) + weight * F.mse_loss(pose_3d, target_3d)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 9. The neighbours (A.5): lifting without a grid
 
 
@@ -660,16 +797,23 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
-def normalised(layer, channels, dropout):
-    """The layer, then batch norm, ReLU and dropout."""
-    return nn.Sequential(layer, nn.BatchNorm1d(channels), nn.ReLU(), nn.Dropout(dropout))
+def hidden_layers(make, c_in, hidden, blocks, dropout):
+    """An expanding layer and residual blocks of two: make(c_in, c_out), batch norm, ReLU,
+    dropout."""
+    def layer(width):
+        after = nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(dropout)
+        return nn.Sequential(make(width, hidden), *after)
+
+    return [layer(c_in), *(Residual(layer(hidden), layer(hidden)) for _ in range(blocks))]
 
 
 class FullyConnectedLifter(nn.Module):
-    """The baseline of Martinez et al. 2017: pose (B, J, 2) -> (B, J, 3) by six linear layers, two residual blocks of two.
+    """The baseline of Martinez et al. 2017: pose (B, J, 2) -> (B, J, 3) by six linear layers, two
+    residual blocks of two.
 
-    Batch norm, ReLU and dropout after every linear layer but the last; without that paper's limit on the weights' norms.
-    With its defaults 4,296,755 parameters. ValueError: a pose of another shape.
+    Batch norm, ReLU and dropout after every linear layer but the last; without that paper's limit
+    on the weights' norms. With its defaults 4,296,755 parameters. ValueError: a pose of another
+    shape.
     """
 
     receptive_field = 1  # frames
@@ -677,10 +821,8 @@ class FullyConnectedLifter(nn.Module):
     def __init__(self, num_joints=17, hidden=1024, blocks=2, dropout=0.5, in_dim=2, out_dim=3):
         super().__init__()
         self.num_joints, self.in_dim = num_joints, in_dim
-
-        layer = lambda width: normalised(nn.Linear(width, hidden), hidden, dropout)
         self.network = nn.Sequential(
-            nn.Flatten(), layer(num_joints * in_dim), *(Residual(layer(hidden), layer(hidden)) for _ in range(blocks)),
+            nn.Flatten(), *hidden_layers(nn.Linear, num_joints * in_dim, hidden, blocks, dropout),
             nn.Linear(hidden, num_joints * out_dim), nn.Unflatten(1, (num_joints, out_dim)))
 
     def forward(self, pose):
@@ -689,10 +831,11 @@ class FullyConnectedLifter(nn.Module):
 
 
 class GraphConv(nn.Module):
-    """Graph convolution Z = D^-1/2 W D^-1/2 X Theta, W = A + I, D_ii = sum_j W_ij: features (B, C_in, J) -> (B, C_out, J).
+    """Graph convolution Z = D^-1/2 W D^-1/2 X Theta, W = A + I, D_ii = sum_j W_ij: features
+    (B, C_in, J) -> (B, C_out, J).
 
-    Kipf and Welling 2017, as Cai et al. 2019 use it on the skeleton. edges: pairs of joints, in either direction.
-    ValueError: an edge to a joint outside 0..J-1.
+    Kipf and Welling 2017, as Cai et al. 2019 use it on the skeleton. edges: pairs of joints, in
+    either direction. ValueError: an edge to a joint outside 0..J-1.
     """
 
     def __init__(self, in_channels, out_channels, edges, num_joints):
@@ -713,19 +856,19 @@ class GraphConv(nn.Module):
 class GraphConvLifter(nn.Module):
     """A lifter of graph convolutions, pose (B, J, 2) -> (B, J, 3), as deep as GridLiftingNetwork.
 
-    An expanding layer, residual blocks of two layers, a shrinking one; batch norm, ReLU and dropout after all but the last.
-    ValueError: a pose of another shape, an edge to an unknown joint.
+    An expanding layer, residual blocks of two layers, a shrinking one; batch norm, ReLU and dropout
+    after all but the last. ValueError: a pose of another shape, an edge to an unknown joint.
     """
 
     receptive_field = 1  # frames
 
-    def __init__(self, num_joints=17, edges=H36M_EDGES, hidden=256, blocks=2, dropout=0.25, in_dim=2, out_dim=3):
+    def __init__(self, num_joints=17, edges=H36M_EDGES, hidden=256, blocks=2, dropout=0.25,
+                 in_dim=2, out_dim=3):
         super().__init__()
         self.num_joints, self.in_dim = num_joints, in_dim
-
-        layer = lambda channels: normalised(GraphConv(channels, hidden, edges, num_joints), hidden, dropout)
-        self.network = nn.Sequential(layer(in_dim), *(Residual(layer(hidden), layer(hidden)) for _ in range(blocks)),
-                                     GraphConv(hidden, out_dim, edges, num_joints))
+        make = partial(GraphConv, edges=edges, num_joints=num_joints)
+        self.network = nn.Sequential(
+            *hidden_layers(make, in_dim, hidden, blocks, dropout), make(hidden, out_dim))
 
     def forward(self, pose):
         check_pose(pose, self.num_joints, self.in_dim)

@@ -1,73 +1,64 @@
-"""Training: one recipe for each published row, the loop, resume, ablations, the report.
+"""Training: one recipe for each published row, the loop, resume, ablations, the main job.
 
-    python train.py gridconv-synthetic                      # the embedded default, no data needed
-    python train.py gridconv-mocap --data data              # after: python data.py bvh FOLDER --out data --name mocap ...
-    python train.py glagcn-gt-243 --data data --seed 1      # a published row; any recipe field can be given as an option
-    torchrun --nproc-per-node 4 train.py glagcn-gt-243      # several GPUs (or CPU processes) share the recipe's batch
-    python train.py --list                                  # every recipe: row, data and whether it is here, cost
-    python train.py ablate gridconv-5 --data data           # the rows of one table side by side, several seeds
-    python train.py report results                          # the table of every run in a folder
-    python train.py reproduce --data data --quick           # what bash reproduce.sh runs: --only --all --seeds N --quick
-    python train.py bench                                   # the fast forms against the plain ones, on this machine
+    python train.py gridconv-synthetic                  # the embedded default, no data needed
+    python train.py glagcn-gt-243 --data data --seed 1  # any field of a recipe is an option
+    python train.py glagcn-gt-243 --help                # that recipe's own settings
+    torchrun --nproc-per-node 4 train.py glagcn-gt-243  # several GPUs (or CPU processes)
+    python train.py --list                              # recipes: row, figure, data here, size
+    python train.py ablate gridconv-5 --data data       # the rows of one table, side by side
+    python train.py report results                      # the table of every run in a folder
+    python train.py reproduce --data data --quick       # what bash reproduce.sh runs
+    python train.py bench                               # the fast forms beside the papers'
 
-A run's folder holds last.pt (the whole state: continue by giving the same command again), previous.pt (the state before
-it), best.pt (the weights of the epoch that was best on the test set), log.csv and result.json, with matplotlib also
-curves.png. Same recipe, seed, machine and number of threads: same numbers, bit for bit on the CPU, interrupted or not.
+A run's folder holds last.pt (the whole state: the same command goes on from there), previous.pt
+(the state before it), best.pt (the weights of the epoch that was best on the test set), model.pt
+(those of the last epoch), log.csv and result.json. Same recipe, seed, machine and number of
+threads: same numbers, bit for bit on the CPU, interrupted or not.
 """
-if __name__ == "__main__":  # torch takes seconds to import: until data.run, Ctrl-C ends them without a traceback
-    import os
-    import signal
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
 import argparse
-import concurrent.futures
+import contextlib
 import copy
 import csv
-import dataclasses
-import fcntl
+import difflib
 import functools
-import importlib.util
 import inspect
 import io
+import itertools
 import json
 import math
-import multiprocessing
 import os
 import platform
 import re
-import reprlib
 import signal
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 import zlib
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
+
+import data  # before torch: it bounds how long OpenMP's threads spin
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
-import data
 import eval as evaluation
 import gridconv
 from data import HUMANEVA_ACTIONS, InputError
-from eval import make_store
-from glagcn import GLAGCN, AGCNBlock, Refinement, mean_distance
+from glagcn import GLAGCN, AdaptiveGraphConv, AGCNBlock, Refinement, mean_distance
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Recipes
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run, whole and flat. The comments are the help texts of the options (--help)."""
+    """One training run, whole and flat. The comments are the help texts of the options."""
 
     name: str = ""
     row: str = ""  # the table row it reproduces, or what it is for
@@ -76,167 +67,287 @@ class Recipe:
     paper_pck: float = 0.0  # the paper's PCK at 150 mm in %; 0: none
     paper_auc: float = 0.0  # the paper's AUC in %; 0: none
     ours: str = ""  # the settings that neither paper nor release gives
+    weights: str = ""  # nothing is trained: the recipe whose weights are evaluated on this data
     # data
     data: str = "h36m"  # h36m, gridconv (its archives), humaneva, 3dhp, mocap or synthetic
     keypoints: str = "gt"  # the 2D: gt, hrnet, cpn_ft_h36m_dbb, ...
     skeleton: str = "h36m17"  # h36m17, h36m32, humaneva15 or 3dhp17
-    skip: str = ""  # further test sequences left out: gridconv (twelve of S9 on detected 2D, as its release) or none
+    skip: str = ""  # test sequences left out: gridconv (12 of S9 on detected 2D, as released)
     actions: tuple = HUMANEVA_ACTIONS  # of humaneva; the release has Box as well
-    weights: str = ""  # nothing is trained: the recipe whose weights are evaluated on this data
     normalise: str = "release-500"  # of the 2D: release-500, width or longest
-    cameras: str = "recorded"  # recorded, or random: every epoch each sequence through another camera
-    noise: float = 0.0  # of the 2D: standard deviation as a fraction of the person's size in the image
-    missing: float = 0.0  # fraction of the 2D that is lost in gaps and filled by interpolation in time
-    target: str = "camera"  # camera: root-relative metres; uvd: pixel u, v and depth (the section-sign rows)
+    cameras: str = "recorded"  # recorded, or random: every epoch others for each sequence
+    noise: float = 0.0  # of the 2D: standard deviation as a fraction of the person's size
+    missing: float = 0.0  # fraction of the 2D lost in gaps and filled by interpolation in time
+    target: str = "camera"  # camera: root-relative metres; uvd: pixel u, v, depth (section sign)
     # model
-    method: str = "gridconv"  # gridconv, gridconv-temporal, glagcn, or a neighbour: fc (fully connected) or gcn
+    method: str = "gridconv"  # gridconv, gridconv-temporal, glagcn, fc (fully connected) or gcn
     dropout: float = 0.25
-    layout: str = "released"  # handcrafted, released, random, row, column, global, autogrids or autogrids-random
+    layout: str = "released"  # handcrafted, released, random, row, column, global, autogrids, ...
     layout_seed: int = 0  # of the random layouts and shuffles
     grid: tuple = (5, 5)  # H,P
     hidden: int = 256
     blocks: int = 2
     kernel_sizes: tuple = (3, (3, 3), 3)  # expand,first:second,shrink (Table E)
-    padding: tuple = ("circular", "replicate")  # a branch each; vertical:horizontal where the axes differ
+    padding: tuple = ("circular", "replicate")  # a branch each; or vertical:horizontal
     attention: str = "grid"  # grid, channel, spatial, spatial+channel, or empty: vanilla GridConv
     temperature: float = 30.0  # of the attention's sigmoid
-    anneal_epochs: float = 0.0  # epochs over which the temperature falls to 1, as the release meant to; 0: constant
+    anneal_epochs: float = 0.0  # in which the temperature falls to 1, as the release meant; 0: none
     noise_epochs: float = 30.0  # epochs with Gumbel noise in AutoGrids
-    grid_lr: float = 1.0  # S_prob's learning rate as a multiple of the others'; 0: a learnable grid that stays frozen
+    grid_lr: float = 1.0  # S_prob's learning rate, times the others'; 0: the grid stays frozen
     filter_widths: tuple = (3, 3, 3, 3, 3)  # T is their product
     channels: int = 96
+    input_norm: bool = True  # batch norm of the input; HumanEva-I on detected 2D was without
     reconstruct: bool = False  # the 3D sequence head (Eq. 4) and stage one
     reconstruct_blocks: int = 3
     unshared_weight: float = 0.0  # lambda of Eq. 7
-    causal: bool = False
-    adaptive: bool = True  # False: ST-GCN, without C_k (Table 6)
+    causal: bool = False  # windows end with the frame that is predicted
+    adaptive: bool = True  # no: ST-GCN, without C_k (Table 6)
     temporal: str = "stride"  # stride or mean (Table 6)
     head: str = "individual"  # individual or full (Table 6)
-    normalisation: str = "column"  # of the adjacency: column, as released, or symmetric, as in the paper
-    swap_sides: bool = False  # left and right joints of the 2D exchanged, in training and test (Table 6)
-    head_scale: float = 1.0  # the head's first weights as a multiple of the release's, which start metres off
+    normalisation: str = "column"  # of the adjacency: column (released) or symmetric (paper)
+    swap_sides: bool = False  # left and right of the 2D exchanged, training and test (Table 6)
+    head_scale: float = 1.0  # of the head's first weights; the release's start metres off
     # training
     loss: str = "mse"  # mse, grid (mse between grid poses) or mpjpe
     optimizer: str = "adam"  # adam, amsgrad or ranger
     lr: float = 1e-3
     schedule: str = "0.96/1"  # factor/epochs, cosine (an epoch a step), cosine-smooth, or 3dhp
     epochs: float = 100.0
-    stage_one_epochs: float = 0.0  # epochs with the global loss beside the local one (Eq. 4, then Eq. 8 alone)
-    refine: bool = False  # train the refinement network in stage two, a second figure that uses the true root
+    stage_one_epochs: float = 0.0  # with the global loss beside the local one (Eq. 4)
+    refine: bool = False  # a refinement network in stage two: a second figure, with the true root
     batch: int = 200
     micro_batch: int = 0  # samples at a time, gradients accumulated to the batch; 0: all at once
     norm_schedule: bool = False  # GLA-GCN's batch-norm momentum schedule
     flips: bool = False  # every sample a second time per epoch, mirrored
     flip_test: bool = False  # average with the mirrored prediction
-    jitter: bool = False  # GLA-GCN's release rotates and scales each target's (x, y); off in the published recipes here
-    precision: str = "float32"  # float32, tf32 or bf16 (autocast, where the device has it)
-    compile: bool = False  # torch.compile for the training step; with CUDA graphs on a GPU
-    sync_norm: bool = False  # several GPUs: batch-norm statistics of the whole batch instead of each process's share
+    jitter: bool = False  # targets' (x, y) rotated and scaled, as GLA-GCN's release does unsaid
+    precision: str = "auto"  # auto (tf32 on CUDA, float32 elsewhere), float32, tf32 or bf16
+    compile: bool = False  # torch.compile of the model, which takes minutes
+    sync_norm: bool = False  # several GPUs: batch-norm statistics of the whole batch
     clip: float = 0.0  # largest gradient norm; 0: none
-    deterministic: bool = False  # CUDA: the same bits every time, where torch has such an algorithm, and slower; CPUs always do
+    deterministic: bool = False  # CUDA: the same bits every time, and slower; CPUs always do
     eval_every: int = 1  # epochs between evaluations; the last epoch always is
     seed: int = 0
 
 
-_JOINTS_32 = dict(skeleton="h36m32", grid=(7, 5))
+# How a run is executed: named in the report, no settings, and may differ when it is resumed.
+EXECUTION = ("precision", "micro_batch", "compile", "sync_norm", "deterministic")
+TEXTS = ("row", "ours", "paper_mpjpe", "paper_p_mpjpe", "paper_pck", "paper_auc")
+FIGURES = ("mpjpe", "p_mpjpe", "pck", "auc")  # that a paper may give: mm, mm, %, %
+JOINTS_32 = dict(skeleton="h36m32", grid=(7, 5))
 
 
-def _recipes():
-    rows = []
+def published_recipes():
+    """{name: Recipe} of every published row."""
+    recipes = {}
 
-    def add(name, row, mpjpe=0.0, p_mpjpe=0.0, base=None, **fields):
-        recipe = dataclasses.replace(base or Recipe(), name=name, row=row, paper_mpjpe=mpjpe, paper_p_mpjpe=p_mpjpe, **fields)
-        rows.append(recipe)
-        return recipe
+    def add(name, row, mpjpe=0.0, p_mpjpe=0.0, base=Recipe(), **fields):
+        fields |= dict(name=name, row=row, paper_mpjpe=mpjpe, paper_p_mpjpe=p_mpjpe)
+        recipes[name] = replace(base, **fields)
+        return recipes[name]
 
-    # GridConv (AAAI 2023). 100 epochs, batch 200, Adam 1e-3, dropout 0.25, temperature 30.
-    craft = dict(skip="gridconv", loss="grid", schedule="0.96/1")
-    learn = dict(skip="gridconv", layout="autogrids", schedule="0.96/10")
-    gt = add("gridconv-gt", "GridConv Table 5, handcrafted, P1*", 37.1, **craft)
-    gt_learnable = add("gridconv-gt-learnable", "GridConv Table 5, learnable, P1*", 36.4, **learn)
+    # GridConv (AAAI 2023): 100 epochs, batch 200, Adam 1e-3, dropout 0.25, temperature 30.
+    fixed = dict(skip="gridconv", loss="grid")
+    learnt = dict(skip="gridconv", layout="autogrids", schedule="0.96/10")
     zeros = dict(keypoints="hrnet", padding=("circular", "zeros"))
-    add("gridconv-hrnet", "GridConv Table 5, handcrafted, P1 / P2", 47.9, 37.9, **craft, **zeros)
-    hrnet = add("gridconv-hrnet-learnable", "GridConv Table 1 and A, P1 / P2", 47.6, 37.4, **learn, **zeros)
-    add("gridconv-gt-uvd", "GridConv Table 2 §, P1*", 29.5, base=gt_learnable, target="uvd")
-    add("gridconv-hrnet-uvd", "GridConv Table 1 and A §, P1 / P2", 46.3, 37.6, base=hrnet, target="uvd")
+    gt = add("gridconv-gt", "GridConv Table 5, handcrafted, P1*", 37.1, **fixed)
+    free = add("gridconv-gt-learnable", "GridConv Table 5, learnable, P1*", 36.4, **learnt)
+    add("gridconv-hrnet", "GridConv Table 5, handcrafted, P1 / P2", 47.9, 37.9, **fixed, **zeros)
+    hrnet = add("gridconv-hrnet-learnable", "GridConv Table 1 and A, P1 / P2", 47.6, 37.4,
+                **learnt, **zeros)
+    add("gridconv-gt-uvd", "GridConv Table 2 §, P1*", 29.5, base=free, target="uvd")
+    add("gridconv-hrnet-uvd", "GridConv Table 1 and A §, P1 / P2", 46.3, 37.6, hrnet, target="uvd")
     add("gridconv-gt-vanilla", "GridConv Table 4, vanilla, P1*", 39.0, base=gt, attention="")
     for n, paper in enumerate((38.5, 38.2, 37.9, 37.8), 1):
-        add(f"gridconv-gt-random-{n}", f"GridConv Table 5, random #{n}, P1*", paper, base=gt, layout="random", layout_seed=n,
-            ours="the four random layouts")
-    add("gridconv-gt-32", "GridConv Table 6, 32 joints handcrafted, P1*", 35.0, base=gt, layout="handcrafted",
-        ours="the 7 x 5 layout", **_JOINTS_32)
-    add("gridconv-gt-32-learnable", "GridConv Table 6, 32 joints learnable, P1*", 33.4, base=gt_learnable,
-        ours="the 7 x 5 prior", **_JOINTS_32)
+        add(f"gridconv-gt-random-{n}", f"GridConv Table 5, random #{n}, P1*", paper, base=gt,
+            layout="random", layout_seed=n, ours="the four random layouts")
+    add("gridconv-gt-32", "GridConv Table 6, 32 joints handcrafted, P1*", 35.0, base=gt,
+        layout="handcrafted", ours="the 7 x 5 layout", **JOINTS_32)
+    add("gridconv-gt-32-learnable", "GridConv Table 6, 32 joints learnable, P1*", 33.4, base=free,
+        ours="the 7 x 5 prior", **JOINTS_32)
 
     # Temporal GridConv (B.3): "the rest settings" are VideoPose3D's.
-    temporal = Recipe(method="gridconv-temporal", hidden=512, filter_widths=(3,) * 3, normalise="width", loss="mpjpe",
-                      optimizer="amsgrad", schedule="0.95/1", epochs=80.0, batch=1024, micro_batch=256,
-                      norm_schedule=True, flips=True, flip_test=True,
-                      ours="VideoPose3D's training, the released layout and padding")
-    add("gridconv-temporal-gt", "GridConv Table C, T=27, P1* / P2*", 33.5, 24.7, base=temporal)
-    add("gridconv-temporal-cpn", "GridConv Table C, CPN, T=27, P1 / P2", 44.3, 33.2, base=temporal,
-        keypoints="cpn_ft_h36m_dbb", padding=("circular", "zeros"))
+    dilated = Recipe(method="gridconv-temporal", hidden=512, filter_widths=(3, 3, 3), lr=1e-3,
+                     normalise="width", loss="mpjpe", optimizer="amsgrad", schedule="0.95/1",
+                     epochs=80.0, batch=1024, micro_batch=256, norm_schedule=True, flips=True,
+                     flip_test=True, ours="VideoPose3D's training, the released layout and padding")
+    cpn = dict(keypoints="cpn_ft_h36m_dbb")
+    add("gridconv-temporal-gt", "GridConv Table C, T=27, P1* / P2*", 33.5, 24.7, dilated)
+    add("gridconv-temporal-cpn", "GridConv Table C, CPN, T=27, P1 / P2", 44.3, 33.2, dilated,
+        padding=("circular", "zeros"), **cpn)
 
-    # GLA-GCN (ICCV 2023). 80 epochs, batch 512, Ranger 1e-2, cosine, flips.
-    gla = Recipe(method="glagcn", normalise="width", dropout=0.1, loss="mpjpe", optimizer="ranger", lr=1e-2, batch=512,
-                 schedule="cosine", epochs=80.0, norm_schedule=True, flips=True, flip_test=True)
-    add("glagcn-gt-27", "GLA-GCN Table 5, T=27, P1", 34.4, base=gla, filter_widths=(3,) * 3)
-    add("glagcn-gt-81", "GLA-GCN Table 5, T=81, P1", 31.5, base=gla, filter_widths=(3,) * 4)
-    add("glagcn-gt-243", "GLA-GCN Table 1 and 4, gt, P1 / P2", 28.5, 22.0, base=gla)
-    add("glagcn-cpn-243", "GLA-GCN Table 1 and 4, CPN, P1 / P2", 44.4, 34.8, base=gla, keypoints="cpn_ft_h36m_dbb")
-    two_stages = dict(reconstruct=True, unshared_weight=0.5, stage_one_epochs=60.0, refine=True)
-    add("glagcn-gt-243-reconstruct", "GLA-GCN Table 5, reconstruction, C=96, P1", 24.5, base=gla,
-        ours="lambda 0.5, stages of 60 and 20 epochs", **two_stages)
-    add("glagcn-gt-243-reconstruct-512", "GLA-GCN Table 1 and 4, reconstruction, C=512, P1 / P2", 21.0, 17.6, base=gla,
-        channels=512, micro_batch=64, ours="lambda 0.5, stages of 60 and 20 epochs", **two_stages)
-    humaneva = dict(data="humaneva", skeleton="humaneva15", filter_widths=(3,) * 3, epochs=1000.0, batch=256,
-                    eval_every=20)
-    add("glagcn-humaneva-gt", "GLA-GCN Table 2, gt, P2", 0.0, 9.2, base=gla, **humaneva)
-    add("glagcn-humaneva-mrcnn", "GLA-GCN Table 2, MRCNN, P2", 0.0, 15.4, base=gla, keypoints="detectron_pt_coco", **humaneva)
+    # GLA-GCN (ICCV 2023): 80 epochs, batch 512, Ranger 1e-2, cosine, flips.
+    gla = Recipe(method="glagcn", normalise="width", dropout=0.1, loss="mpjpe", optimizer="ranger",
+                 lr=1e-2, batch=512, schedule="cosine", epochs=80.0, norm_schedule=True,
+                 flips=True, flip_test=True)
+    short, longer = dict(filter_widths=(3, 3, 3)), dict(filter_widths=(3, 3, 3, 3))
+    add("glagcn-gt-27", "GLA-GCN Table 5, T=27, P1", 34.4, base=gla, **short)
+    add("glagcn-gt-81", "GLA-GCN Table 5, T=81, P1", 31.5, base=gla, **longer)
+    add("glagcn-gt-243", "GLA-GCN Table 1 and 4, gt, P1 / P2", 28.5, 22.0, gla)
+    add("glagcn-cpn-243", "GLA-GCN Table 1 and 4, CPN, P1 / P2", 44.4, 34.8, gla, **cpn)
+    stages = dict(reconstruct=True, unshared_weight=0.5, stage_one_epochs=60.0, refine=True,
+                  ours="lambda 0.5, stages of 60 and 20 epochs")
+    add("glagcn-gt-243-reconstruct", "GLA-GCN Table 5, reconstruction, P1", 24.5, base=gla,
+        **stages)
+    add("glagcn-gt-243-reconstruct-512", "GLA-GCN Table 1 and 4, C=512, P1 / P2", 21.0, 17.6, gla,
+        channels=512, micro_batch=64, **stages)
+    eva = dict(data="humaneva", skeleton="humaneva15", epochs=1000.0, batch=256, eval_every=20)
+    add("glagcn-humaneva-gt", "GLA-GCN Table 2, gt, P2", 0.0, 9.2, gla, **eva, **short)
+    add("glagcn-humaneva-mrcnn", "GLA-GCN Table 2, MRCNN, twelve links, P2", 0.0, 15.4, gla,
+        keypoints="detectron_pt_coco", input_norm=False, **eva, **short)
 
-    # MPI-INF-3DHP: Adam with amsgrad, 256 channels, 50 epochs; of its two stages only the losses are given. Without
-    # intrinsics there is no refinement. The cross-dataset row evaluates what gridconv-gt-learnable trained.
-    hp3d = dataclasses.replace(gla, data="3dhp", skeleton="3dhp17", channels=256, optimizer="amsgrad", lr=1e-3, schedule="3dhp",
-                               epochs=50.0, batch=256, norm_schedule=False, reconstruct=True, unshared_weight=0.5,
-                               stage_one_epochs=38.0, ours="lambda 0.5, stages of 38 and 12 epochs, losses in metres")
-    add("glagcn-3dhp-27", "GLA-GCN Table 3, T=27", 31.36, base=hp3d, paper_pck=98.19, paper_auc=76.53, filter_widths=(3,) * 3)
-    add("glagcn-3dhp-81", "GLA-GCN Table 3, T=81", 27.76, base=hp3d, paper_pck=98.53, paper_auc=79.12, filter_widths=(3,) * 4)
-    add("gridconv-3dhp-cross", "GridConv Table 3, trained on Human3.6M", 72.1, base=gt_learnable, data="3dhp",
-        weights="gridconv-gt-learnable", normalise="longest", paper_pck=89.2, paper_auc=57.6,
-        ours="gt 2D normalised by the longest side, neck/nose = 3DHP's head, universal annotation")
-
-    # Motion that anyone may hold: the open benchmark, and procedural motion that needs no data at all.
-    small = Recipe(data="mocap", layout="handcrafted", hidden=64, dropout=0.0, loss="mpjpe", lr=3e-3, epochs=12.0,
-                   schedule="cosine-smooth", eval_every=4, ours="everything but the network")
-    add("gridconv-mocap", "open mocap benchmark", base=small)
-    add("gridconv-mocap-learnable", "open mocap benchmark", base=small, layout="autogrids", noise_epochs=1.2)
-    small_gla = Recipe(data="mocap", method="glagcn", normalise="release-500", dropout=0.0, loss="mpjpe",
-                       lr=1.2e-2, batch=64, epochs=3.0, schedule="cosine-smooth", channels=32, head_scale=0.1, unshared_weight=1.0,
-                       filter_widths=(3,) * 3, ours="everything but the network")
-    mocap_gla = add("glagcn-mocap", "open mocap benchmark", base=small_gla, epochs=4.0, precision="bf16")
-    # Any video: other cameras, noise and gaps every epoch, mirrored bodies; flips double an epoch, so half as many
-    wild = dict(normalise="longest", cameras="random", noise=0.01, missing=0.1, flips=True)
-    add("gridconv-wild", "lifting any video", base=small, **{**wild, "epochs": 6.0, "eval_every": 2})
-    add("glagcn-wild", "lifting any video", base=mocap_gla, **{**wild, "epochs": 2.0})
-    tiny = dict(data="synthetic", batch=64, eval_every=2)
-    grid = add("gridconv-synthetic", "embedded default", base=small, epochs=6.0, hidden=32, **tiny)
-    add("gridconv-synthetic-learnable", "embedded default", base=grid, layout="autogrids", noise_epochs=0.6)
-    add("glagcn-synthetic", "embedded default", base=small_gla, epochs=3.0, channels=24, **tiny)
-    return {recipe.name: recipe for recipe in rows}
+    # MPI-INF-3DHP: of its two stages only the losses are given; no intrinsics, so no refinement.
+    gla = replace(gla, data="3dhp", skeleton="3dhp17", channels=256, optimizer="amsgrad", lr=1e-3,
+                  schedule="3dhp", epochs=50.0, batch=256, norm_schedule=False, reconstruct=True,
+                  unshared_weight=0.5, stage_one_epochs=38.0,
+                  ours="lambda 0.5, stages of 38 and 12 epochs, losses in metres")
+    add("glagcn-3dhp-27", "GLA-GCN Table 3, T=27", 31.36, base=gla, paper_pck=98.19,
+        paper_auc=76.53, **short)
+    add("glagcn-3dhp-81", "GLA-GCN Table 3, T=81", 27.76, base=gla, paper_pck=98.53,
+        paper_auc=79.12, **longer)
+    add("gridconv-3dhp-cross", "GridConv Table 3, trained on Human3.6M", 72.1, base=free,
+        data="3dhp", weights=free.name, normalise="longest", paper_pck=89.2, paper_auc=57.6,
+        ours="2D by the longest side, neck/nose = 3DHP's head, universal annotation")
+    return recipes
 
 
-RECIPES = _recipes()
+def open_recipes():
+    """{name: Recipe} on motion that anyone may hold: the open benchmark, any video, procedural."""
+    grid = Recipe(data="mocap", layout="handcrafted", hidden=64, dropout=0.0, loss="mpjpe", lr=3e-3,
+                  epochs=12.0, schedule="cosine-smooth", eval_every=4)
+    gla = Recipe(data="mocap", method="glagcn", dropout=0.0, loss="mpjpe", lr=1.2e-2, batch=64,
+                 epochs=4.0, schedule="cosine-smooth", channels=32, head_scale=0.1,
+                 unshared_weight=1.0, filter_widths=(3, 3, 3))
+    # other cameras, noise and gaps every epoch, mirrored bodies; these double an epoch
+    wild = dict(normalise="longest", cameras="random", noise=0.01, missing=0.1, flips=True,
+                flip_test=True)
+    learnt = dict(layout="autogrids", noise_epochs=1.2)
+    mocap, video, embedded = "open mocap benchmark", "lifting any video", "embedded default"
+    rows = {"gridconv-mocap": (mocap, grid, {}),
+            "gridconv-mocap-learnable": (mocap, grid, learnt),
+            "glagcn-mocap": (mocap, gla, {}),
+            "gridconv-wild": (video, grid, wild | dict(hidden=80, epochs=24.0)),
+            "glagcn-wild": (video, gla, wild | dict(channels=48, epochs=5.0, eval_every=1))}
+    # both methods in minutes on two CPU cores
+    tiny = dict(data="synthetic", eval_every=1)
+    grid = replace(grid, hidden=32, batch=64, epochs=3.0, lr=6e-3, **tiny)
+    gla = replace(gla, channels=24, epochs=2.0, filter_widths=(3, 3), **tiny)
+    learnt = dict(layout="autogrids", noise_epochs=0.3, grid_lr=0.5)
+    rows |= {"gridconv-synthetic": (embedded, grid, {}),
+             "gridconv-synthetic-learnable": (embedded, grid, learnt),
+             "glagcn-synthetic": (embedded, gla, {})}
+    ours = "everything but the network"
+    return {name: replace(base, name=name, row=row, ours=ours, **fields)
+            for name, (row, base, fields) in rows.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+RECIPES = published_recipes() | open_recipes()
+
+
+def check_recipe(recipe):
+    """InputError for settings of a training that cannot be meant; a model refuses its own."""
+    words = {"loss": ("mse", "grid", "mpjpe"), "precision": ("auto", "float32", "tf32", "bf16"),
+             "target": ("camera", "uvd"), "skip": ("", "gridconv"),
+             "optimizer": ("adam", "amsgrad", "ranger"), "cameras": ("recorded", "random")}
+    least = {"epochs": 1e-9, "batch": 2, "eval_every": 1, "hidden": 1, "channels": 1}
+    most = {"noise": 1, "missing": 0.9, "dropout": 1, "lr": 1e31, "seed": 2 ** 40,
+            "layout_seed": 2 ** 40}
+    for name, value in vars(recipe).items():
+        if value not in words.get(name, [value]):
+            raise InputError(f"{name}: unknown {value!r}, one of {words[name]} expected")
+        low, high = least.get(name, 0), most.get(name, 1e9)
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            raise InputError(f"{name}: {value!r}, a number from {low:g} to {high:g} expected")
+    shapes = {"grid": "n, n", "kernel_sizes": "n, (n, n), n", "filter_widths": "n(, n)*,?"}
+    for name, shape in shapes.items():
+        value = re.sub("[0-9]+", "n", repr(getattr(recipe, name)))[1:-1]
+        if value != shape and not re.fullmatch(shape, value):
+            raise InputError(f"{name}: {getattr(recipe, name)!r}, of the shape {shape} expected")
+    learning_rate(recipe, 0)
+    if recipe.micro_batch == 1:
+        raise InputError("micro_batch: 1, at least 2 for batch norm expected, or 0")
+    if recipe.loss == "grid" and recipe.method != "gridconv":
+        raise InputError("loss: 'grid' needs a grid, so method gridconv")
+    stage_one = recipe.stage_one_epochs
+    fits = 0 < stage_one < recipe.epochs if recipe.reconstruct else stage_one == 0
+    if not fits:
+        raise InputError(f"stage_one_epochs: {stage_one:g} of {recipe.epochs:g} epochs; with "
+                         "reconstruct more than 0 and fewer than all, without it 0 expected")
+    known = recipe.data not in ("humaneva", "3dhp") and recipe.target == "camera"
+    if recipe.refine and (recipe.loss == "grid" or recipe.swap_sides or not known):
+        raise InputError("refine: needs intrinsics (humaneva and 3dhp have none), poses in the "
+                         "camera frame, a loss on joints, and no swap_sides")
+
+
+def settings(recipe):
+    """What decides a run's numbers, of a Recipe or its stored fields: {field: value as JSON's}."""
+    stored = recipe if isinstance(recipe, dict) else vars(recipe)
+    kept = {field.name: stored.get(field.name, field.default) for field in fields(Recipe)}
+    return {name: value for name, value in json.loads(json.dumps(kept)).items()
+            if name not in EXECUTION + TEXTS}
+
+
+def settings_changed(recipe):
+    """How a recipe differs from the published one: "epochs 10.0 (published: 100.0)", ..."""
+    published = settings(RECIPES.get(recipe.name, recipe))
+    return ", ".join(f"{name} {value} (published: {published[name]})"
+                     for name, value in settings(recipe).items()
+                     if name != "seed" and value != published[name])
+
+
+def parameters(recipe):
+    """The number of parameters that a recipe trains, the refinement network's among them."""
+    with torch.device("meta"):
+        modules = [evaluation.build_model(recipe)]
+        if recipe.refine:
+            modules.append(Refinement(modules[0].num_joints))
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def memory(recipe, precision, at_once):
+    """About how many GiB a training step takes: an estimate, from counts without a GPU (docs)."""
+    sample = 1.25e-5 * recipe.hidden
+    if recipe.method == "glagcn":
+        sample = 2.4e-6 * recipe.channels * math.prod(recipe.filter_widths)
+    if recipe.reconstruct:
+        sample *= 1.8
+    if precision == "bf16":
+        sample *= 0.52
+    return 16 * parameters(recipe) / 2 ** 30 + sample * at_once  # weights, gradients, two moments
+
+
+def samples_at_once(recipe):
+    """The samples of a forward pass."""
+    return min(recipe.micro_batch or recipe.batch, recipe.batch)
+
+
+def out_of_memory(recipe, precision, device):
+    """The line that says what would fit where a step did not."""
+    at_once = samples_at_once(recipe)
+    room = 0.75 * memory(recipe, precision, at_once)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory / 2 ** 30
+        room = min(room, 0.75 * total)
+    tries = []
+    for kind in dict.fromkeys((precision, "bf16")):
+        fits = at_once
+        while fits > 2 and memory(recipe, kind, fits) > room:
+            fits = max(2, fits // 2)  # batch norm cannot take a single one
+        need = memory(recipe, kind, fits)
+        tries.append(f"--precision {kind} --micro-batch {fits} (about {need:.1f} GiB)")
+    return (f"{recipe.name}: out of memory with {at_once} samples at once in {precision}; try "
+            f"{' or '.join(tries)}; what was saved is kept")
+
+
+# --------------------------------------------------------------------------------------------------
 # Optimisers and schedules
 
 
 class Ranger(torch.optim.RAdam):
-    """RAdam with Lookahead (k = 6, alpha = 0.5), as GLA-GCN's release sets it; torch's RAdam does the rest.
+    """RAdam with Lookahead (k = 6, alpha = 0.5), as GLA-GCN's release sets it.
 
-    Betas 0.95 and 0.999, eps 1e-5, no weight decay, no gradient centralisation. After every sixth step the slow
-    weights move halfway to the fast ones, which then continue from there.
+    Betas 0.95 and 0.999, eps 1e-5, no weight decay, no gradient centralisation. After every sixth
+    step the slow weights move halfway to the fast ones, which then continue from there.
     """
 
     def __init__(self, params, lr):
@@ -244,16 +355,19 @@ class Ranger(torch.optim.RAdam):
 
     @torch.no_grad()
     def step(self, closure=None):
+        """One step; a `closure` computes the loss anew, as torch's optimisers take one."""
         with torch.enable_grad():
             loss = closure() if closure else None
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        fresh = [(p, p.clone()) for p in params if not self.state[p]]
+        start = {p: p.clone() for p in params if not self.state[p]}
         super().step()
-        for p, start in fresh:
-            self.state[p]["slow"] = start
-        for p in params:
-            if self.state[p]["step"] % 6 == 0:
-                p.copy_(self.state[p]["slow"].lerp_(p, 0.5))
+        for p, value in start.items():
+            self.state[p]["slow"] = value
+        due = [p for p in params if self.state[p]["step"] % 6 == 0]
+        if due:
+            slow = [self.state[p]["slow"] for p in due]
+            torch._foreach_lerp_(slow, due, 0.5)
+            torch._foreach_copy_(due, slow)
         return loss
 
 
@@ -261,1415 +375,1265 @@ ranger = Ranger  # ranger(params, lr)
 
 
 def make_optimizer(recipe, *modules):
-    """The recipe's optimiser (adam, amsgrad or ranger) over the modules' parameters; S_prob has a rate of its own."""
+    """The recipe's optimiser over the modules' parameters; S_prob has a rate of its own."""
     named = [pair for module in modules for pair in module.named_parameters()]
-    groups = [{"params": [p for name, p in named if not name.endswith("s_prob")], "scale": 1.0}]
-    if s_prob := [p for name, p in named if name.endswith("s_prob")]:
+    weights = [p for name, p in named if not name.endswith("s_prob")]
+    s_prob = [p for name, p in named if name.endswith("s_prob")]
+    groups = [{"params": weights, "scale": 1.0}]
+    if s_prob:
         groups.append({"params": s_prob, "scale": recipe.grid_lr})
     if recipe.optimizer == "ranger":
         return ranger(groups, recipe.lr)
-    fused = all(p.is_cuda for _, p in named) or None  # one kernel for all parameters; None: what torch does by itself
-    return torch.optim.Adam(groups, recipe.lr, amsgrad=recipe.optimizer == "amsgrad", fused=fused)
+    fused = weights[0].is_cuda or None  # one kernel for all; None: what torch does by itself
+    amsgrad = recipe.optimizer == "amsgrad"
+    return torch.optim.Adam(groups, recipe.lr, amsgrad=amsgrad, fused=fused)
 
 
 def learning_rate(recipe, epoch):
     """The learning rate after `epoch` epochs (a fraction within one).
 
-    "F/N": times F every N epochs (GridConv, A.3). "cosine": to 1e-5 over the run, an epoch a step (GLA-GCN's release).
-    "cosine-smooth": to 0, every step. "3dhp": times 0.95 an epoch, 0.5 instead on every fifth (GLA-GCN's 3DHP script).
+    "F/N": times F every N epochs (GridConv, A.3). "cosine": to 1e-5 over the run, an epoch a step
+    (GLA-GCN's release). "cosine-smooth": to 0, every step. "3dhp": times 0.95 an epoch, 0.5 instead
+    on every fifth (GLA-GCN's 3DHP script).
     """
+    whole = int(epoch)
     if recipe.schedule == "cosine":
-        return 1e-5 + (recipe.lr - 1e-5) * (1 + math.cos(math.pi * int(epoch) / recipe.epochs)) / 2
+        wave = 1 + math.cos(math.pi * whole / recipe.epochs)
+        return 1e-5 + (recipe.lr - 1e-5) * wave / 2
     if recipe.schedule == "cosine-smooth":
         return recipe.lr * (1 + math.cos(math.pi * min(epoch / recipe.epochs, 1))) / 2
     if recipe.schedule == "3dhp":
-        return recipe.lr * 0.95 ** (int(epoch) - int(epoch) // 5) * 0.5 ** (int(epoch) // 5)
-    if re.fullmatch(r"\d*\.?\d+/0*[1-9]\d*", recipe.schedule):
+        return recipe.lr * 0.95 ** (whole - whole // 5) * 0.5 ** (whole // 5)
+    if re.fullmatch(r"[0-9]*\.?[0-9]+/0*[1-9][0-9]*", recipe.schedule):
         factor, every = recipe.schedule.split("/")
-        return recipe.lr * float(factor) ** (int(epoch) // int(every))
-    raise InputError(f"schedule: unknown {recipe.schedule!r}, expected FACTOR/EPOCHS, cosine, cosine-smooth or 3dhp")
+        return recipe.lr * float(factor) ** (whole // int(every))
+    raise InputError(f"schedule: unknown {recipe.schedule!r}, FACTOR/EPOCHS, cosine, cosine-smooth "
+                     "or 3dhp expected")
 
 
 def norm_momentum(epoch, epochs):
-    """GLA-GCN's batch-norm momentum in the epoch counted from 0: 0.1 exp(-epoch / epochs ln 100), 0.1 at first."""
+    """GLA-GCN's batch-norm momentum in an epoch from 0 on: 0.1 exp(-epoch / epochs ln 100)."""
     return 0.1 * math.exp(-epoch / epochs * math.log(100))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loss of a batch
 
 
-def batch_loss(model, store, index, flip, recipe, stage_one=False):
-    """The recipe's loss for the frames `index` (B,) of a store, those with `flip` mirrored, and what was predicted."""
-    T = model.receptive_field
-    pose, target = store.batch(index, T, getattr(model, "causal", False), flip, all_targets=stage_one)
-    if recipe.jitter:
-        target = jitter(target)
-    if stage_one:  # global plus local loss (GLA-GCN section 3.2), on whole sequences
-        local, sequence = model(pose, return_sequence=True)
-        return mean_distance(local, target[:, T // 2]) + mean_distance(sequence, target), local
-    if recipe.loss == "grid":  # the release's loss with a handcrafted layout: both sides on the grid
-        S, shape = model.assignment(), model.grid_shape
-        grid = model.forward_grid(gridconv.sgt(pose, S, shape))
-        return (grid - gridconv.sgt(target, S, shape)).square().mean(), None
-    prediction = model(pose)
-    if recipe.loss == "mse":  # GridConv Eq. 10
-        return (prediction - target).square().mean(), prediction
-    return mean_distance(prediction, target), prediction
-
-
-def refined(refinement, store, prediction, index, flip=None):
-    """GLA-GCN's refinement of predictions (B, J, 3) for frames `index`, mirrored ones mirrored back first.
-
-    It re-projects with the frames' true root positions and intrinsics, which are not known for a user's own video.
-    """
-    if flip is not None:
-        prediction = torch.where(flip[:, None, None], data.flip(prediction, store.skeleton), prediction)
-    return refinement(prediction, store.input[index], store.normalised_intrinsics(index), store.root[index])
-
-
-def jitter(target):
-    """GLA-GCN's release in training: (x, y) of each target (B, J, 3) or (B, T, J, 3) turned by -5, 0 or 5 degrees about the
-    optical axis and scaled by 0.95, 1 or 1.05, the nine combinations alike; z and the 2D stay."""
-    choice = torch.randint(3, (2, len(target), *[1] * (target.ndim - 2)), device=target.device) - 1
-    angle, scale = choice[0] * math.radians(5), 1 + 0.05 * choice[1]
-    x, y, z = target.unbind(-1)
-    return torch.stack([scale * (angle.cos() * x - angle.sin() * y), scale * (angle.sin() * x + angle.cos() * y), z], -1)
-
-
 class Objective(nn.Module):
-    """The loss of some samples (numbers as in `epoch_order`) as one module: what torch's DistributedDataParallel and
-    torch.compile wrap."""
+    """The loss of some samples as one module, which DistributedDataParallel can wrap.
+
+    `forward(samples, stage_one)`: numbers as in `epoch_order`. Only the model is ever compiled.
+    """
 
     def __init__(self, model, refinement, store, recipe):
         super().__init__()
         self.model, self.refinement, self.store, self.recipe = model, refinement, store, recipe
+        self.network = model.forward_grid if recipe.loss == "grid" else model.forward
+        if recipe.compile:
+            self.network = torch.compile(self.network)
 
-    def forward(self, samples, stage_one):
-        flip = samples >= len(self.store) if self.recipe.flips else None
-        index = samples % len(self.store)
-        loss, prediction = batch_loss(self.model, self.store, index, flip, self.recipe, stage_one)
-        if self.recipe.refine and not stage_one:  # detached: the figure without it stays what it was
-            loss = loss + self.refined_loss(prediction.detach(), index, flip)
+    def forward(self, samples, stage_one=False):
+        store = self.store
+        flip = samples >= len(store) if self.recipe.flips else None
+        index = samples % len(store)
+        loss, prediction = self.loss_of(index, flip, stage_one)
+        if self.recipe.refine and not stage_one:
+            # Detached: the figure without it stays what it was. It re-projects with the true root
+            # positions and the intrinsics, so mirrored predictions are mirrored back first.
+            prediction = prediction.detach()
+            if flip is not None:
+                mirrored = data.flip(prediction, store.skeleton)
+                prediction = torch.where(flip[:, None, None], mirrored, prediction)
+            intrinsics = store.normalised_intrinsics(index)
+            better = self.refinement(prediction, store.input[index], intrinsics, store.root[index])
+            loss = loss + mean_distance(better, store.pose_3d[index])
         return loss
 
-    def refined_loss(self, prediction, index, flip):
-        """The refinement's own loss for predictions (B, J, 3), metres, of the frames `index`."""
-        better = refined(self.refinement, self.store, prediction, index, flip)
-        return mean_distance(better, self.store.pose_3d[index])
+    def loss_of(self, index, flip, stage_one=False):
+        """The recipe's loss for the frames `index` (B,), those with `flip` mirrored; the poses."""
+        model, recipe = self.model, self.recipe
+        T, causal = model.receptive_field, getattr(model, "causal", False)
+        pose, target = self.store.batch(index, T, causal, flip, all_targets=stage_one)
+        if recipe.jitter:
+            target = jitter(target)
+        if recipe.loss == "grid":  # as released with a handcrafted layout: both sides on the grid
+            S, shape = model.assignment(), model.grid_shape
+            grid = self.run_network(gridconv.sgt(pose, S, shape))
+            return (grid - gridconv.sgt(target, S, shape)).square().mean(), None
+        if stage_one:  # global plus local loss (GLA-GCN section 3.2), on whole sequences
+            local, sequence = self.run_network(pose, return_sequence=True)
+            loss = mean_distance(local, target[:, T // 2]) + mean_distance(sequence, target)
+            return loss, local
+        prediction = self.run_network(pose)
+        if recipe.loss == "mse":  # GridConv Eq. 10
+            return (prediction - target).square().mean(), prediction
+        return mean_distance(prediction, target), prediction
+
+    def run_network(self, x, **options):
+        """The model in the recipe's precision; coordinates and losses stay outside autocast."""
+        half = self.recipe.precision == "bf16"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+            return self.network(x, **options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
-
-
-@contextmanager
-def processes(device):
-    """(this process's rank, their number, its device): joined under torchrun, (0, 1, device) without it."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield 0, 1, device
-        return
-    cuda = device.type == "cuda"
-    if cuda:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    # Two hours: the others wait while one evaluates.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
-    try:
-        yield dist.get_rank(), dist.get_world_size(), device
-        dist.barrier()  # who leaves first would break the others' connections
-    finally:
-        dist.destroy_process_group()
-
-
-def compiled(module, device):
-    """torch.compile for steps of one size; on a GPU with CUDA graphs."""
-    return torch.compile(module, mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
+def jitter(target):
+    """GLA-GCN's release in training: (x, y) of each target (B, [T,] J, 3) turned by -5, 0 or 5
+    degrees about the optical axis and scaled by 0.95, 1 or 1.05, the nine alike; z stays."""
+    shape = (2, len(target), *[1] * (target.ndim - 2))
+    angle, scale = torch.randint(3, shape, device=target.device) - 1
+    angle, scale = angle * math.radians(5), 1 + 0.05 * scale
+    x, y, z = target.unbind(-1)
+    turned = angle.cos() * x - angle.sin() * y, angle.sin() * x + angle.cos() * y
+    return torch.stack([scale * turned[0], scale * turned[1], z], -1)
 
 
 def epoch_order(recipe, frames, epoch):
-    """The samples of an epoch in order: a permutation that depends on seed and epoch alone, so a resumed run sees the
+    """The samples of an epoch in order, a function of seed and epoch alone: a resumed run sees the
     same. With flips there are two samples a frame: number >= frames is the mirrored one."""
     generator = torch.Generator().manual_seed(recipe.seed * 100003 + epoch)
-    return torch.randperm(frames * (2 if recipe.flips else 1), generator=generator)
+    return torch.randperm(2 * frames if recipe.flips else frames, generator=generator)
 
 
 def batches(order, size, least=2):
-    """The samples in batches; the last partial one is kept, but fewer than `least` left-over samples (batch norm cannot
-    take a single one) join the batch before them."""
+    """The samples in batches; the last partial one is kept, but fewer than `least` left-over
+    samples (batch norm cannot take a single one) join the batch before them."""
     parts = list(order.split(size))
-    return parts if len(parts) == 1 or len(parts[-1]) >= least else [*parts[:-2], torch.cat(parts[-2:])]
+    if len(parts) > 1 and len(parts[-1]) < least:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
 
 
-def check_recipe(recipe):
-    """InputError where a field of the recipe cannot be meant, before anything is loaded or built."""
-    words = {"method": evaluation.METHODS, "loss": ("mse", "grid", "mpjpe"), "precision": ("float32", "tf32", "bf16"),
-             "target": ("camera", "uvd"), "skip": ("", "gridconv"), "optimizer": ("adam", "amsgrad", "ranger"),
-             "cameras": ("recorded", "random"), "skeleton": tuple(data.SKELETONS), "normalisation": ("column", "symmetric")}
-    for name, known in words.items():
-        if getattr(recipe, name) not in known:
-            raise InputError(f"{name}: unknown {getattr(recipe, name)!r}, expected one of {', '.join(map(repr, known))}")
-    bounds = {"epochs": (1e-9, 1e9), "batch": (2, 1e9), "eval_every": (1, math.inf), "lr": (0, 1e31), "seed": (0, 2 ** 40),
-              "micro_batch": (0, 1e9), "clip": (0, 1e9), "dropout": (0, 0.999), "temperature": (1e-9, 1e9), "hidden": (1, 1e6),
-              "blocks": (0, 1e3), "channels": (1, 1e6), "reconstruct_blocks": (0, 1e3), "noise_epochs": (0, 1e9),
-              "anneal_epochs": (0, 1e9), "stage_one_epochs": (0, 1e9), "grid_lr": (0, 1e9), "head_scale": (0, 1e9),
-              "layout_seed": (0, 2 ** 40), "noise": (0, 1), "missing": (0, 0.9)}
-    for name, (least, most) in bounds.items():
-        if not least <= getattr(recipe, name) <= most:
-            raise InputError(f"{name}: {getattr(recipe, name)!r}, expected a number from {least:g} to {most:g}")
-    shapes = {"grid": ("5,5", r"\(\d+, \d+\)"), "kernel_sizes": ("3,3:3,3", r"\(\d+, \(\d+, \d+\), \d+\)"),
-              "filter_widths": ("3,3,3", r"\(\d+,( \d+,?)*\)"), "padding": ("circular,replicate", r"\((?!\)).*'.*\)"),
-              "actions": ("Walk,Jog", r"\(('[^']+',? ?)+\)")}
-    for name, (example, pattern) in shapes.items():
-        if not re.fullmatch(pattern, repr(getattr(recipe, name))):
-            raise InputError(f"{name}: {getattr(recipe, name)!r}, expected something like {example}")
-    learning_rate(recipe, 0)
-    for wrong, why in ((recipe.loss == "grid" and recipe.method != "gridconv", "loss: 'grid' needs a grid, so gridconv"),
-                       (recipe.norm_schedule and recipe.method not in ("glagcn", "gridconv-temporal"),
-                        "norm_schedule: only glagcn and gridconv-temporal have one"),
-                       (recipe.reconstruct and recipe.method != "glagcn", "reconstruct: only glagcn has a sequence head"),
-                       (recipe.reconstruct and recipe.causal, "causal: a causal model has no sequence to reconstruct"),
-                       (not 0 < recipe.stage_one_epochs < recipe.epochs if recipe.reconstruct else recipe.stage_one_epochs,
-                        f"stage_one_epochs: {recipe.stage_one_epochs:g} of {recipe.epochs:g} epochs; with reconstruct more than 0 "
-                        "and fewer than all, without it 0"),
-                       (recipe.micro_batch == 1, "micro_batch: 1, expected at least 2 for batch norm, or 0"),
-                       (recipe.swap_sides and recipe.refine, "refine: needs the joints' own 2D, so no swap_sides"),
-                       (recipe.refine and recipe.data in ("humaneva", "3dhp"), f"refine: {recipe.data} gives no intrinsics"),
-                       (recipe.refine and (recipe.loss == "grid" or recipe.target == "uvd"),
-                        "refine: needs poses in the camera frame, so target camera and a loss on joints")):
-        if wrong:
-            raise InputError(why)
+# --------------------------------------------------------------------------------------------------
+# A run
 
-
-def fingerprint(stores):
-    """What a run's data is, so that it is continued on the same only: frames and checksum of each split."""
-    return [[split, len(store), zlib.crc32(torch.cat([store.input.flatten(), store.target.flatten()]).cpu().numpy())]
-            for split, store in stores.items()]
+SAVE_SECONDS = 600  # at most this much work is lost to a crash
+AGREE_STEPS = 10  # several processes agree on stopping and saving once in so many steps
 
 
 class Run:
-    """One training run: the model, what drives it, and all that must be saved to go on as if never interrupted."""
+    """One training run: its model, what drives it, and all that resuming needs."""
 
     def __init__(self, recipe, store, out, device, trained_on="", data_print=(), rank=0, world=1):
         if recipe.batch < 2 * world:
-            raise InputError(f"batch: {recipe.batch} for {world} processes, at least two samples each expected")
-        if recipe.sync_norm and (world == 1 or device.type != "cuda"):
-            raise InputError("sync_norm: needs several processes on GPUs (torchrun), torch has none on the CPU")
-        if device.type == "cuda":  # also back again: another run of this process may have set it
-            exact = recipe.precision == "float32"
-            torch.set_float32_matmul_precision("highest" if exact else "high")
-            torch.backends.cudnn.allow_tf32 = not exact  # torch's default takes TF32 for convolutions
-        torch.manual_seed(recipe.seed)
+            raise InputError(f"batch: {recipe.batch} for {world} processes, two samples each at "
+                             "least expected")
+        several_gpus = world > 1 and device.type == "cuda"
+        if recipe.sync_norm and not several_gpus:
+            raise InputError("sync_norm: needs several processes on GPUs (torchrun)")
+        if recipe.compile and several_gpus:
+            raise InputError("compile: torch.compile has open faults with several processes on "
+                             "GPUs (batch norm in graphs): leave it out, or use one GPU")
+        self.recipe, self.store, self.out, self.device = recipe, store, Path(out), device
+        self.trained_on, self.data_print = trained_on, list(data_print)
         self.rank, self.world = rank, world
-        self.recipe, self.store, self.out, self.device, self.trained_on = recipe, store, Path(out), device, trained_on
-        self.data_print = list(data_print)
+        torch.manual_seed(recipe.seed)
         self.model = evaluation.build_model(recipe).to(device)
         if recipe.method == "glagcn":
             for weight in self.model.head.parameters():
                 weight.data *= recipe.head_scale
         if recipe.sync_norm:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        self.refinement = Refinement(self.model.num_joints).to(device) if recipe.refine else nn.Module()
+        self.refinement = nn.Module()
+        if recipe.refine:
+            self.refinement = Refinement(self.model.num_joints).to(device)
         self.optimizer = make_optimizer(recipe, self.model, self.refinement)
-        self.objective = self.step_loss = Objective(self.model, self.refinement, store, recipe)
-        if recipe.compile:  # these stay outside: at every step a CUDA graph would copy the whole store, which is no parameter
-            store.batch = torch.compiler.disable(store.batch)
-            self.objective.refined_loss = torch.compiler.disable(self.objective.refined_loss)
+        self.objective = Objective(self.model, self.refinement, store, recipe)
+        self.step_loss = self.objective  # or that wrapped for several processes
         self.stage_one = None
         if rank:  # noise of its own; the first process's is that of a single one
             torch.manual_seed(recipe.seed + (rank << 41))
+
         self.epoch_steps = len(self.batches(epoch_order(recipe, len(store), 0)))
         self.total_steps = max(1, round(recipe.epochs * self.epoch_steps))
         self.epochs = math.ceil(self.total_steps / self.epoch_steps)
         self.step = 0  # optimiser steps done
-        self.losses = torch.zeros(self.epoch_steps, device=device)  # this epoch's, on the device: no synchronisation
+        self.losses = torch.zeros(self.epoch_steps, device=device)  # of this epoch
         self.history, self.best, self.last, self.seconds = [], None, None, 0.0
 
     def batches(self, order):
-        """The samples of an epoch in the recipe's batches, of which every process takes its share."""
+        """The samples of an epoch in batches, of which every process takes its share."""
         return batches(order, self.recipe.batch, 2 * self.world)
 
-    def weights(self):
-        """What eval.load_model reads."""
-        return {"format": "poselift", "version": 1, "recipe": dataclasses.asdict(self.recipe), "data": self.trained_on,
-                "model": self.model.state_dict(), "temperature": getattr(self.model, "temperature", None),
-                "refinement": self.refinement.state_dict()}
-
-    def state(self):
-        """Everything that resuming needs, as plain values and tensors; every process has to call it."""
-        random = [torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None]
-        everyones = [random] * self.world
-        if self.world > 1:
-            dist.all_gather_object(everyones, random)
-        return {**self.weights(), "data_print": self.data_print, "epoch": self.step / self.epoch_steps, "step": self.step,
-                "optimizer": self.optimizer.state_dict(), "losses": self.losses, "history": self.history,
-                "best": self.best, "last": self.last,
-                "seconds": self.seconds, "random": everyones}
-
-    def save(self):
-        """last.pt, written whole or not at all; the one before stays, as previous.pt."""
-        state = self.state()
-        if self.rank == 0:
-            data.write_atomically(self.out / "last.pt", lambda file: torch.save(state, file), self.out / "previous.pt")
-
-    def resume(self):
-        """Continue from last.pt where there is one. InputError: it belongs to another recipe or other data."""
-        path = self.out / "last.pt"
-        if not path.exists():
-            return
-        remedy = "remove it, or give another --out"
-        state = data.read_torch(path, remedy=remedy)
-        with data.described(f"{path}: not the state of a run", remedy):
-            theirs, ours = state["recipe"], dataclasses.asdict(self.recipe)
-            differ = [f"{k} {reprlib.repr(theirs.get(k))} there, {v!r} here" for k, v in ours.items() if theirs.get(k) != v]
-            if differ:
-                raise InputError(f"{path}: a run of another recipe ({'; '.join(differ[:3])}): {remedy}")
-            if len(state["random"]) != self.world:
-                raise InputError(f"{path}: a run of {len(state['random'])} processes, here {self.world}: {remedy}")
-            if state["data_print"] != self.data_print:
-                raise InputError(f"{path}: a run on other data ({state['data']}, {state['data_print']}; here {self.trained_on}, "
-                                 f"{self.data_print}): {remedy}")
-            self.model.load_state_dict(state["model"])
-            self.refinement.load_state_dict(state["refinement"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.losses.copy_(state["losses"])
-            for name in ("step", "history", "best", "last", "seconds"):
-                setattr(self, name, state[name])
-            if not 0 <= self.step <= self.total_steps or abs(self.step / self.epoch_steps - len(self.history)) > 1:
-                raise ValueError(f"step {self.step} with {len(self.history)} epochs in the log")
-            for scores in filter(None, (self.best, self.last)):
-                evaluation.headline(scores, self.recipe.data)  # has what a report needs
-            if state["temperature"] is not None:
-                self.model.temperature = state["temperature"]
-            random, random_cuda = state["random"][self.rank]
-            torch.set_rng_state(random)
-            if random_cuda is not None and self.device.type == "cuda":
-                torch.cuda.set_rng_state(random_cuda, self.device)
+    def agreed(self, *values):
+        """The largest of each number over all processes, so that all stop after the same step."""
+        if self.world == 1:
+            return values
+        values = torch.tensor([int(value) for value in values])
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values.tolist()
 
     def begin_epoch(self, epoch):
         """What changes between epochs: random cameras and batch-norm momentum."""
         recipe = self.recipe
         self.store.redraw(2 * (recipe.seed * 100003 + epoch))  # even: test sets have an odd number
         if recipe.norm_schedule:
-            self.momentum = norm_momentum(epoch, recipe.epochs)
             for norm in self.model.scheduled_norms():
-                norm.momentum = 1.0 if recipe.compile else self.momentum  # see averaged_norms
+                norm.momentum = norm_momentum(epoch, recipe.epochs)
+            if recipe.compile:
+                torch.compiler.reset()  # to it a momentum is a constant: it compiles once an epoch
         self.objective.train()
 
     def reach(self, epoch):
-        """What changes at a step, `epoch` (a fraction within one) into the run: learning rate, temperature, AutoGrids' noise,
-        stage two's frozen head."""
+        """What changes at a step, `epoch` (a fraction within one) into the run: learning rate,
+        temperature, AutoGrids' noise, stage two's frozen head."""
         recipe, model = self.recipe, self.model
+        rate = learning_rate(recipe, epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["scale"] * learning_rate(recipe, epoch)
+            group["lr"] = group["scale"] * rate
         if recipe.anneal_epochs:
             model.temperature = 1 + 29 * max(0.0, 1 - epoch / recipe.anneal_epochs)
         if getattr(model, "autogrids", None) is not None:
             model.autogrids.noise = epoch < recipe.noise_epochs
-        before, self.stage_one = self.stage_one, recipe.reconstruct and epoch < recipe.stage_one_epochs
+        before = self.stage_one
+        self.stage_one = recipe.reconstruct and epoch < recipe.stage_one_epochs
         if self.stage_one == before:
             return
         if recipe.reconstruct:
             model.sequence_head.requires_grad_(self.stage_one)
-        self.refinement.requires_grad_(not self.stage_one)  # several processes wait for each gradient that is wanted
-        self.step_loss = self.objective
-        if self.world > 1:
-            self.step_loss = nn.parallel.DistributedDataParallel(self.objective)
-        if recipe.compile:
-            self.step_loss = compiled(self.step_loss, self.device)
-            for p in self.objective.parameters():  # in memory of their own: a CUDA graph's is written anew by its next run
-                p.grad = torch.zeros_like(p) if p.requires_grad else None
-
-    @contextmanager
-    def averaged_norms(self):
-        """Around a forward pass: scheduled running statistics of a compiled model. To torch.compile a momentum is a constant,
-        and every epoch would compile anew, so the norms keep the batch's own (momentum 1), averaged with the old here."""
-        norms = self.model.scheduled_norms() if self.recipe.compile and self.recipe.norm_schedule else []
-        running = [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
-        before = [statistic.clone() for statistic in running]
-        yield
-        for statistic, old in zip(running, before):
-            statistic.copy_(old.lerp_(statistic, self.momentum))
+        self.refinement.requires_grad_(not self.stage_one)
+        if self.world > 1:  # made anew: it waits for every gradient that was wanted then
+            self.step_loss = nn.parallel.DistributedDataParallel(
+                self.objective, broadcast_buffers=False)
 
     def train_step(self, chunk):
-        """One optimiser step on the samples `chunk`, of which this process takes its share; the loss of all goes to
-        self.losses."""
-        recipe = self.recipe
+        """One optimiser step on the samples `chunk`, of which this process takes its share; the
+        loss of all goes to self.losses."""
         self.reach(self.step / self.epoch_steps)
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
         share = chunk.tensor_split(self.world)[self.rank]
-        parts = batches(share, recipe.micro_batch or len(share))
+        parts = batches(share, self.recipe.micro_batch or len(share))
         total = torch.zeros((), device=self.device)
         for part in parts:
-            alone = self.world > 1 and part is not parts[-1]  # gradients are averaged over the processes once a step
-            with self.step_loss.no_sync() if alone else nullcontext():
-                with autocast, self.averaged_norms():
-                    loss = self.step_loss(part, self.stage_one) * (len(part) / len(chunk))
+            alone = contextlib.nullcontext()
+            if self.world > 1 and part is not parts[-1]:
+                alone = self.step_loss.no_sync()  # processes exchange gradients once a step
+            with alone:
+                loss = self.step_loss(part, self.stage_one) * (len(part) / len(chunk))
                 (loss * self.world).backward()
             total += loss.detach()
         if self.world > 1:
             dist.all_reduce(total)
-        if recipe.clip:
-            nn.utils.clip_grad_norm_(self.objective.parameters(), recipe.clip)
+        if self.recipe.clip:
+            nn.utils.clip_grad_norm_(self.objective.parameters(), self.recipe.clip)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=not recipe.compile)
+        self.optimizer.zero_grad()
         self.losses[self.step % self.epoch_steps] = total
         self.step += 1
 
     def check_finite(self):
-        """InputError unless this epoch's losses and the weights are finite: which step was the first that was not."""
+        """InputError, naming the first step, where losses of this epoch or weights are not."""
         first = (self.step - 1) // self.epoch_steps * self.epoch_steps
-        bad = (~torch.isfinite(self.losses[:self.step - first])).nonzero().flatten().tolist()
-        if bad:
-            wrong = f"the loss of step {first + bad[0] + 1} is {self.losses[bad[0]].item()}"
-        elif not all(torch.isfinite(p).all() for p in self.objective.parameters()):
-            wrong = f"the loss is finite, but some weights after step {self.step} are not"
-        else:
-            return
-        kept = f"{self.out / 'last.pt'} holds the last good state" if (self.out / "last.pt").exists() else "nothing is saved"
-        raise InputError(f"{wrong}: stopped, {kept}; a smaller --lr or --clip 1 may help")
+        losses = self.losses[:self.step - first].tolist()
+        wrong = [f"the loss of step {first + n} is {loss}" for n, loss in enumerate(losses, 1)
+                 if not math.isfinite(loss)]
+        if not wrong and not all(p.isfinite().all() for p in self.objective.parameters()):
+            wrong = [f"the loss is finite, but some weights after step {self.step} are not"]
+        if wrong:
+            kept = "nothing is saved"
+            if (self.out / "last.pt").exists():
+                kept = f"{self.out / 'last.pt'} holds the last good state"
+            raise InputError(f"{wrong[0]}: stopped, {kept}; a smaller --lr or --clip 1 may help")
+
+    def weights(self, epoch):
+        """What eval.load_model reads."""
+        return {"format": "poselift", "version": 1, "recipe": asdict(self.recipe),
+                "data": self.trained_on, "model": self.model.state_dict(), "epoch": epoch,
+                "temperature": getattr(self.model, "temperature", None),
+                "refinement": self.refinement.state_dict()}
+
+    def save(self):
+        """last.pt, written whole or not at all; the one before stays, as previous.pt."""
+        random = [torch.get_rng_state(), None]
+        if self.device.type == "cuda":
+            random[1] = torch.cuda.get_rng_state(self.device)
+        everyones = [random] * self.world
+        if self.world > 1:
+            dist.all_gather_object(everyones, random)
+        if self.rank == 0:
+            kept = ("data_print", "step", "losses", "history", "best", "last", "seconds")
+            state = {name: getattr(self, name) for name in kept}
+            state |= self.weights(self.step / self.epoch_steps)
+            state |= {"optimizer": self.optimizer.state_dict(), "random": everyones}
+            write_torch(self.out / "last.pt", state, self.out / "previous.pt")
+
+    def resume(self, state):
+        """Continue from a stored state. InputError: of another recipe or data, or no state."""
+        path, remedy = self.out / "last.pt", "remove it, or give another --out"
+        if not isinstance(state, dict) or "data_print" not in state:
+            raise InputError(f"{path}: not the state of a run; {remedy}")
+        theirs = settings(state["recipe"])
+        differ = [f"{name} {theirs[name]!r} there, {value!r} here"
+                  for name, value in settings(self.recipe).items() if theirs[name] != value]
+        if len(state["random"]) != self.world:
+            differ.append(f"{len(state['random'])} processes there, {self.world} here")
+        if state["data_print"] != self.data_print:
+            differ.append(f"other data, {state['data']} {state['data_print']} there")
+        if differ:
+            raise InputError(f"{path}: of another run ({'; '.join(differ[:3])}); {remedy}")
+        self.model.load_state_dict(state["model"])
+        self.refinement.load_state_dict(state["refinement"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.losses.copy_(state["losses"])
+        for name in ("step", "history", "best", "last", "seconds"):
+            setattr(self, name, state[name])
+        if state["temperature"] is not None:
+            self.model.temperature = state["temperature"]
+        random, random_cuda = state["random"][self.rank]
+        torch.set_rng_state(random)
+        if random_cuda is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(random_cuda, self.device)
 
 
-@contextmanager
-def locked(out):
-    """Hold a folder for one run, and make it whole: without what a killed process was writing, and with previous.pt in
-    the place of a last.pt that is missing or damaged. Busy where another live process holds the folder; a crash lets go
-    of it by itself."""
-    last, previous = Path(out) / "last.pt", Path(out) / "previous.pt"
+def write_torch(path, content, previous=None):
+    """torch.save, whole or not at all; what stood there before goes to `previous`."""
+    data.write_atomically(path, lambda file: torch.save(content, file), previous)
+
+
+def write_text(path, text):
+    """A file of text in UTF-8, whole or not at all."""
+    data.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def stored(out):
+    """The state in a run's folder, or None; the one before where last.pt is missing or damaged."""
+    last, previous = out / "last.pt", out / "previous.pt"
+    if not last.exists() and not previous.exists():
+        return None
     try:
-        last.parent.mkdir(parents=True, exist_ok=True)
-        file = open(Path(out) / "lock", "a")  # a file of the user's keeps its content
-    except OSError as error:
-        raise InputError(f"{out}: cannot make the output folder: {error.strerror}; choose another --out") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"{out}: another run is writing there; wait for it or choose another --out") from None
-        except OSError as error:
-            raise InputError(f"{out}: its file system cannot lock ({error.strerror}); choose another --out") from None
-        for name in ("last.pt", "best.pt", "log.csv", "result.json", "curves.png"):  # see data.write_atomically
-            for leftover in last.parent.glob(f".{name}.*.tmp"):
-                leftover.unlink()
-        if previous.exists():
-            try:
-                data.read_torch(last, remedy="the run was killed while it saved")
-            except InputError as error:
-                try:
-                    data.read_torch(previous)
-                except InputError:
-                    raise InputError(f"{error}; nor is {previous} whole: remove both to begin anew") from None
-                os.replace(previous, last)
-                print(f"warning: {error}; continuing from the checkpoint before it", file=sys.stderr)
-        yield
+        return data.read_torch(last, "the run was killed while it saved")
+    except InputError as error:
+        if not previous.exists():
+            raise InputError(f"{error}; remove it to begin anew") from None
+        damage = error
+    try:
+        state = data.read_torch(previous)
+    except InputError as error:
+        raise InputError(f"{damage}; {error}: remove both to begin anew") from None
+    os.replace(previous, last)
+    print(f"warning: {damage}; continuing from the checkpoint before it", file=sys.stderr)
+    return state
 
 
 class Busy(InputError):
     """A run's folder that another process holds."""
 
 
+@contextlib.contextmanager
+def locked(out):
+    """Hold a folder for one run, without what a killed process was writing.
+
+    Busy where another live process holds it; a crash lets go of it by itself."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / "lock", "a")  # a file of the user's keeps its content
+    except OSError as error:
+        raise InputError(f"{out}: cannot make the output folder ({error.strerror}); choose another "
+                         "--out") from None
+    with file:
+        try:
+            lock(file)
+        except (BlockingIOError, PermissionError):
+            raise Busy(f"{out}: another run is writing there; wait for it or choose another "
+                       "--out") from None
+        except OSError as error:
+            raise InputError(f"{out}: its file system cannot lock ({error.strerror}); choose "
+                             "another --out") from None
+        for name in ("last.pt", "best.pt", "model.pt", "log.csv", "result.json"):
+            for leftover in out.glob(f".{name}.*.tmp"):
+                leftover.unlink()
+        yield
+
+
+def lock(file):
+    """Lock a file by what the platform has, until it is closed; OSError: another process does."""
+    with contextlib.suppress(ImportError):
+        import fcntl
+        return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with contextlib.suppress(ImportError):
+        import msvcrt
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+
 class Signals:
-    """SIGINT and SIGTERM while this is entered: `caught` has the last one's number, 0 before; the process goes on, only
-    what `unless` runs ends at once."""
+    """SIGINT and SIGTERM while this is entered: `caught` has the last one's number, 0 before.
+
+    The process goes on; only what runs `with signals.breaking_off()` ends at once, in SystemExit.
+    """
 
     caught, at_once = 0, False
 
     def __enter__(self):
-        self.previous = {number: signal.signal(number, self.catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = signal.SIGINT, signal.SIGTERM
+        self.before = {number: signal.signal(number, self.catch) for number in numbers}
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.previous.items():
+        for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def catch(self, number, _):
+        """The handler."""
         self.caught = number
         if self.at_once:
             self.at_once = False
             raise SystemExit(128 + number)
 
-    def unless(self, function, *arguments):
-        """function(*arguments), or None where a signal came before or ended it."""
+    @contextlib.contextmanager
+    def breaking_off(self):
+        """What runs inside is ended by a signal, also by one that came before."""
+        self.at_once = True
         try:
-            self.at_once = True
-            return None if self.caught else function(*arguments)
-        except SystemExit:
-            return None
+            if self.caught:
+                raise SystemExit(128 + self.caught)
+            yield
         finally:
             self.at_once = False
 
 
-SAVE_SECONDS = 600  # at most this much work is lost to a crash
+# --------------------------------------------------------------------------------------------------
+# The loop
 
 
 def train(recipe, folder="data", out=None, device=None, quiet=False):
-    """Train a recipe on the data in `folder`, continuing what `out` holds, and return the result as a plain dict.
+    """Train a recipe on the data in `folder`, continuing what `out` holds; the result as a dict.
 
-    The result (also out/result.json): recipe, data, frames, parameters, the last and the best epoch's scores on the
-    test set (mm, per action and on average), the two yardsticks, time, seed, versions, device. SIGINT and SIGTERM
-    finish the step, save and raise SystemExit(128 + signal). Under torchrun the processes share each batch; the first
-    evaluates, writes and returns the result, the others None.
-    InputError: missing or broken data, an impossible recipe, a folder with another run, a loss that is not finite.
+    The result (also out/result.json): recipe, data, frames, parameters, the last and the best
+    epoch's scores on the test set, the yardsticks, seconds, seed, versions, device and how it ran.
+    SIGINT and SIGTERM finish the step or break off an evaluation, save, and raise
+    SystemExit(128 + signal). Under torchrun the processes share each batch; the first evaluates,
+    writes and returns the result, the others None.
+    InputError: missing or broken data, an impossible recipe, a folder with another run, a loss that
+    is not finite, a step that does not fit the memory.
     """
     check_recipe(recipe)
     out = Path(out or Path("results") / recipe.name)
-    with processes(evaluation.pick_device(device)) as (rank, world, device):
-        if recipe.deterministic:  # an operation without a deterministic form is an error then
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
-            torch.use_deterministic_algorithms(True)
-        stores = {split: make_store(recipe, folder, split, device) for split in ("train", "test")}
-        with locked(out) if rank == 0 else nullcontext(), Signals() as signals:  # one process writes
-            run = Run(recipe, stores["train"], out, device, data.provenance(stores["train"].sequences), fingerprint(stores),
-                      rank, world)
-            agreed(world, 0)  # the folder is whole
-            run.resume()
-            show, saved = Progress(run, quiet or rank > 0), time.monotonic()
-            while (epoch := len(run.history)) < run.epochs:  # a line of the log ends an epoch
-                first, last = epoch * run.epoch_steps, min((epoch + 1) * run.epoch_steps, run.total_steps)
-                run.begin_epoch(epoch)
-                order, started = epoch_order(recipe, len(run.store), epoch).to(device), time.perf_counter()
-                for chunk in run.batches(order)[run.step - first:last - first]:
-                    run.train_step(chunk)
-                    show.step()
-                    stop, due = agreed(world, signals.caught, time.monotonic() - saved > SAVE_SECONDS)
-                    if stop or due or run.step == last:
-                        run.check_finite()
-                        run.seconds += time.perf_counter() - started
-                        run.save()
-                        if stop:
-                            raise SystemExit(128 + stop)
-                        saved, started = time.monotonic(), time.perf_counter()
-                signals.unless(end_epoch, run, stores["test"], last - first, show)
-                (stop,) = agreed(world, signals.caught)
-                if stop:  # nothing is lost: who continues from the last step ends the epoch first
-                    raise SystemExit(128 + stop)
+    device, precision = evaluation.pick_device(device, recipe.precision)
+    if recipe.deterministic:  # an operation without a deterministic form is an error then
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when first used
+    torch.use_deterministic_algorithms(recipe.deterministic)
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not recipe.deterministic
+    with Signals() as signals, processes(device) as (rank, world):
+        quiet = quiet or rank > 0
+        try:
+            with locked(out) if rank == 0 else contextlib.nullcontext():  # one process writes
+                with signals.breaking_off():
+                    run, stores = prepare(recipe, folder, out, device, rank, world)
+                fit(run, stores["test"], signals, Progress(run, quiet))
+                if rank > 0:
+                    return None
+                with signals.breaking_off():
+                    result = finish(run, stores, precision)
+                result["files"] = files_read(recipe, folder)
+                write_text(out / "result.json", json.dumps(result, indent=1))
+                return result
+        except RuntimeError as error:
+            of_cpu = "DefaultCPUAllocator" in str(error)  # has no class of its own
+            if not of_cpu and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise InputError(out_of_memory(recipe, precision, device)) from None
+        except SystemExit as stop:
+            if not quiet:
+                name = signal.Signals(stop.code - 128).name
+                kept = "saved" if (out / "last.pt").exists() else "nothing was begun"
+                print(f"\nstopped by {name}: {out}: {kept}; the same command goes on",
+                      file=sys.stderr)
+            raise
+
+
+@contextlib.contextmanager
+def processes(device):
+    """(this process's rank, their number): joined under torchrun, (0, 1) without it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield 0, 1
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # others wait for evaluations
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+        dist.barrier()  # who leaves first would break the others' connections
+    finally:
+        dist.destroy_process_group()
+
+
+def prepare(recipe, folder, out, device, rank, world):
+    """(a Run, continued from what `out` holds, {"train", "test": its FrameStore})."""
+    stores, data_print = {}, []  # frames and checksum: a run is continued on the same data only
+    for split in ("train", "test"):
+        store = stores[split] = data.make_store(recipe, folder, split, device)
+        values = torch.cat([store.input.flatten(), store.target.flatten()]).cpu()
+        data_print.append([split, len(store), zlib.crc32(values.numpy())])
+    trained_on = data.provenance(stores["train"].sequences)
+    run = Run(recipe, stores["train"], out, device, trained_on, data_print, rank, world)
+    state = stored(out) if rank == 0 else None
+    run.agreed(0)  # the folder is whole
+    if rank > 0:
+        state = stored(out)
+    if state is not None:
+        run.resume(state)
+    return run, stores
+
+
+def fit(run, test_store, signals, progress):
+    """Train the epochs that are left, score them, save; SystemExit after a signal."""
+    saved = time.monotonic()
+    while len(run.history) < run.epochs:  # a line of the log ends an epoch
+        epoch = len(run.history)
+        first = epoch * run.epoch_steps
+        last = min(first + run.epoch_steps, run.total_steps)
+        run.begin_epoch(epoch)
+        order = epoch_order(run.recipe, len(run.store), epoch).to(run.device)
+        started = time.perf_counter()
+        for chunk in run.batches(order)[run.step - first:last - first]:
+            run.train_step(chunk)
+            progress.show()
+            if run.world > 1 and run.step % AGREE_STEPS and run.step < last:
+                continue
+            stop, due = run.agreed(signals.caught, time.monotonic() - saved > SAVE_SECONDS)
+            if stop or due or run.step == last:
+                run.check_finite()
+                run.seconds += time.perf_counter() - started
                 run.save()
-            if rank > 0:
-                return None
-            result = signals.unless(finish, run, stores)
-            if result is None:
-                raise SystemExit(128 + signals.caught)
-            result["files"] = files_read(recipe, folder)
-            data.write_atomically(out / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
-    if importlib.util.find_spec("matplotlib") and not quiet:
-        evaluation.plot_curves(out)
-    return result
+                if stop:
+                    raise SystemExit(128 + stop)
+                saved, started = time.monotonic(), time.perf_counter()
+
+        with contextlib.suppress(SystemExit), signals.breaking_off():
+            end_epoch(run, test_store, last - first, progress)
+        (stop,) = run.agreed(signals.caught)
+        if stop:  # nothing is lost: who continues from the last step ends the epoch first
+            raise SystemExit(128 + stop)
+        run.save()
 
 
-def agreed(world, *values):
-    """The largest of each whole number over all processes, so that all of them stop or save after the same step."""
-    if world == 1:
-        return values
-    values = torch.tensor([int(value) for value in values])
-    dist.all_reduce(values, dist.ReduceOp.MAX)
-    return values.tolist()
-
-
-def end_epoch(run, test_store, steps, show):
+def end_epoch(run, test_store, steps, progress):
     """Score the epoch where it is due, keep the best weights, add a line to the log."""
     recipe, epoch = run.recipe, math.ceil(run.step / run.epoch_steps)
-    row = {"epoch": epoch, "loss": run.losses[:steps].mean().item(), "lr": run.optimizer.param_groups[0]["lr"],
-           "mpjpe": None, "p_mpjpe": None, "seconds": round(run.seconds, 1)}
-    if run.rank == 0 and (epoch % recipe.eval_every == 0 or run.step == run.total_steps):
-        run.last = evaluation.evaluate(run.model, test_store, flip=recipe.flip_test)
-        row["mpjpe"], row["p_mpjpe"] = evaluation.headline(run.last, recipe.data)
-        if run.best is None or row["mpjpe"] < evaluation.headline(run.best, recipe.data)[0]:
-            run.best = {"epoch": epoch, **run.last}
-            data.write_atomically(run.out / "best.pt", lambda file: torch.save({**run.weights(), "epoch": epoch}, file))
+    row = {"epoch": epoch, "loss": run.losses[:steps].mean().item(), "mpjpe": None, "p_mpjpe": None,
+           "lr": run.optimizer.param_groups[0]["lr"], "seconds": round(run.seconds, 1)}
+    due = epoch % recipe.eval_every == 0 or run.step == run.total_steps
+    if run.rank == 0 and due:
+        scores = evaluation.evaluate(run.model, test_store, flip=recipe.flip_test)
+        run.last = {"epoch": epoch, **scores}
+        row |= {name: scores[name] for name in ("mpjpe", "p_mpjpe")}
+        if run.best is None or scores["mpjpe"] < run.best["mpjpe"]:
+            run.best = run.last
+            write_torch(run.out / "best.pt", run.weights(epoch))
     run.history.append(row)
-    if run.rank:
-        return
-    text = io.StringIO()
-    writer = csv.DictWriter(text, row)
-    writer.writeheader()
-    writer.writerows(run.history)
-    data.write_atomically(run.out / "log.csv", lambda file: file.write(text.getvalue().encode()))
-    show.epoch(row)
+    if run.rank == 0:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, row)
+        writer.writeheader()
+        writer.writerows(run.history)
+        write_text(run.out / "log.csv", text.getvalue())
+        progress.show(row)
 
 
-def finish(run, stores):
-    """The result of a finished run: what was trained on what, its scores beside the yardsticks, and where."""
-    recipe = run.recipe
-    commit = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True,  # a shell: git may be missing
-                            cwd=Path(__file__).parent).stdout.strip()
-    result = {"recipe": dataclasses.asdict(recipe), "data": run.trained_on, "train_frames": len(stores["train"]),
-              "test_data": data.provenance(stores["test"].sequences), "test_frames": int(stores["test"].valid.sum()),
-              "parameters": parameters(recipe), "epochs": run.step / run.epoch_steps,
-              "last": run.last, "best": run.best, "yardsticks": evaluation.yardsticks(stores["train"], stores["test"]),
-              "seconds": run.seconds, "seed": recipe.seed, "commit": commit, "torch": torch.__version__,
-              "numpy": np.__version__, "python": platform.python_version(),
-              "device": f"{run.world} x " * (run.world > 1) + device_name(run.device)}
+def finish(run, stores, precision):
+    """The result of a finished run: what was trained on what, its scores, where and how."""
+    recipe, test_store = run.recipe, stores["test"]
+    write_torch(run.out / "model.pt", run.weights(len(run.history)))
+    test_data = data.provenance(test_store.sequences)
+    device = evaluation.device_name(run.device)
+    if run.world > 1:
+        device = f"{run.world} x {device}"
+    result = {
+        "recipe": asdict(recipe), "data": run.trained_on, "test_data": test_data,
+        "compares": evaluation.compares(recipe, test_data, run.trained_on),
+        "settings_changed": settings_changed(recipe), "parameters": parameters(recipe),
+        "epochs": run.step / run.epoch_steps, "seconds": run.seconds, "seed": recipe.seed,
+        "commit": commit(), "torch": torch.__version__, "numpy": np.__version__,
+        "python": platform.python_version(), "device": device, "precision": precision,
+        "micro_batch": recipe.micro_batch, "compile": recipe.compile,
+        "train_frames": len(stores["train"]), "test_frames": int(test_store.valid.sum()),
+        "last": run.last, "best": run.best, "autogrids": evaluation.learnt_grid(run.model),
+        "yardsticks": evaluation.yardsticks(stores["train"], test_store)}
     if recipe.refine:
-        pose = evaluation.predict(run.model, stores["test"], flip=recipe.flip_test).to(run.device)
-        with torch.no_grad():
-            pose = refined(run.refinement.eval(), stores["test"], pose, torch.arange(len(pose), device=run.device))
-        result[REFINED] = evaluation.score(pose.cpu(), stores["test"])
-    grid = getattr(run.model, "autogrids", None)
-    if grid is not None:
-        result["autogrids"] = {"cells_changed": evaluation.cells_changed(run.model), "dropped": grid.dropped(),
-                               "layout": grid.assignment().argmax(1).view(grid.grid_shape).tolist()}
+        result["refined"] = evaluation.evaluate(run.model, test_store, flip=recipe.flip_test,
+                                                refinement=run.refinement.eval())
     return result
+
+
+def commit():
+    """The commit of this program, or nothing where git or the history is missing."""
+    words = ["git", "rev-parse", "--short", "HEAD"]
+    with contextlib.suppress(OSError):
+        here = Path(__file__).parent
+        return subprocess.run(words, capture_output=True, text=True, cwd=here).stdout.strip()
+    return ""
+
+
+def files_read(recipe, folder):
+    """Name, size and time of the files of a recipe's data: whether it is still the same data."""
+    there = [(path, path.stat()) for path in data.files_of(recipe, folder) if path.exists()]
+    return [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in there]
 
 
 class Progress:
-    """One line that rewrites itself on a terminal; elsewhere a plain line an epoch."""
+    """How far a run is, on stderr: on a terminal a line that rewrites itself, elsewhere a line at
+    least every 30 seconds."""
 
     def __init__(self, run, quiet):
-        self.run, self.quiet = run, quiet
-        self.terminal = sys.stderr.isatty() and not quiet
-        self.started, self.first, self.shown = time.perf_counter(), run.step, 0.0
+        self.run, self.quiet, self.first = run, quiet, run.step
+        self.started = self.shown = time.perf_counter()
+        self.terminal = sys.stderr.isatty()
 
-    def line(self, loss, lr):
-        run = self.run
-        seconds = time.perf_counter() - self.started
-        rate = max(run.step - self.first, 1) / seconds  # steps a second, evaluation included
-        left = (run.total_steps - run.step) / rate
-        return (f"{run.recipe.name}  epoch {run.step / run.epoch_steps:.1f} of {run.recipe.epochs:g}  loss {loss:.4f}  "
-                f"lr {lr:.1e}  {rate * run.recipe.batch:.0f} poses/s  {left / 60:.1f} min left")
-
-    def step(self):
-        if self.terminal and time.perf_counter() - self.shown > 1:
-            self.shown = time.perf_counter()
-            run = self.run
-            done = (run.step - 1) % run.epoch_steps
-            loss = run.losses[max(0, done - 49):done + 1].mean().item()
-            print("\r\033[K" + self.line(loss, run.optimizer.param_groups[0]["lr"]), end="", file=sys.stderr, flush=True)
-
-    def epoch(self, row):
-        if not self.quiet:
-            scores = "" if row["mpjpe"] is None else f"  MPJPE {row['mpjpe']:.1f} mm  P-MPJPE {row['p_mpjpe']:.1f} mm"
-            print(("\r\033[K" if self.terminal else "") + self.line(row["loss"], row["lr"]) + scores, file=sys.stderr, flush=True)
+    def show(self, row=None):
+        """After a step a line where one is due; after an epoch its row of the log, which stays."""
+        run, now = self.run, time.perf_counter()
+        pause = 1 if self.terminal else 30
+        if self.quiet or row is None and now - self.shown < pause:
+            return
+        self.shown = now
+        done = (run.step - 1) % run.epoch_steps + 1
+        loss = row["loss"] if row else run.losses[max(0, done - 50):done].mean().item()
+        rate = max(run.step - self.first, 1) / (now - self.started)  # evaluation included
+        line = (f"{run.recipe.name}  epoch {run.step / run.epoch_steps:.1f} of "
+                f"{run.recipe.epochs:g}  loss {loss:.4f}  {rate * run.recipe.batch:.0f} poses/s  "
+                f"{(run.total_steps - run.step) / rate / 60:.1f} min left")
+        if row and row["mpjpe"] is not None:
+            line += f"  MPJPE {row['mpjpe']:.1f} mm  P-MPJPE {row['p_mpjpe']:.1f} mm"
+        start = "\r\033[K" if self.terminal else ""
+        end = "" if self.terminal and row is None else "\n"
+        print(start + line, end=end, file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Speed: each fast form against the plain one, in one run
+# --------------------------------------------------------------------------------------------------
+# Speed: each fast form beside the paper's, in one run
 
 
-def plain_grid_conv(layer, x):
-    """D-GridConv (or GridConv) as one first writes Eq. 8, for padding ("circular", "replicate"): for each branch pad,
-    unfold, scale by alpha, one matrix product; add the branches. x (B, C_in, H, P) -> (B, C_out, H, P)."""
-    B, C, H, P = x.shape
-    K, out = layer.kernel_size, 0
-    alpha = 1 if type(layer) is gridconv.GridConv else layer.attention(x).reshape(B, 1, H * P, K * K).transpose(2, 3)
-    for branch, mode in enumerate(("circular", "replicate")):
-        padded = F.pad(x, (K // 2,) * 4, mode=mode)
-        patches = F.unfold(padded, K).view(B, C, K * K, H * P) * alpha
-        out = out + (layer.weight[branch].flatten(1) @ patches.flatten(1, 2)).view(B, -1, H, P)
-    return out if layer.bias is None else out + layer.bias.sum(0)[:, None, None]
-
-
-def plain_graph_conv(layer, x):
-    """AdaptiveGraphConv as one first writes Eq. 2-3: a product for each subset and embedding. Features (B, C, T, J)."""
-    (B, C, T, J), E, out = x.shape, layer.embedding, 0
-    weight, bias = layer.embed.weight.view(2, 3, E, C, 1, 1), layer.embed.bias.view(2, 3, E)
-    for k in range(3):
-        theta = F.conv2d(x, weight[0, k], bias[0, k]).permute(0, 3, 1, 2).reshape(B, J, E * T)
-        phi = F.conv2d(x, weight[1, k], bias[1, k]).reshape(B, E * T, J)
-        graph = layer.A[k] + layer.B[k] + torch.softmax(theta @ phi / (E * T), dim=-2)
-        mixed = (x.reshape(B, C * T, J) @ graph).view(B, C, T, J)
-        out = out + F.conv2d(mixed, layer.W[:, :, k, :, None], layer.bias[k])
-    return torch.relu(layer.dropout(layer.norm(out)) + layer.shortcut(x))
-
-
-def plain_block(block, x):
-    """AGCNBlock on features (B, C, T, J)."""
-    conv = block.temporal
-    y = F.conv2d(plain_graph_conv(block.spatial, x), conv.weight.mT, conv.bias, conv.stride[::-1], conv.padding[::-1])
-    y = block.norm(y) if block.shortcut is None else block.norm(y) + block.shortcut(x)
-    return torch.relu(y) if block.relu else y
-
-
-def plain_glagcn(model, x, return_sequence=False):
-    """GLAGCN on features (B, C, T, J): x (B, T, J, 2) -> (B, J, 3), and the sequence (B, T, J, 3)."""
-    x = model.data_norm(x.flatten(0, 1).flatten(1)).view(x.shape).permute(0, 3, 1, 2)
-    for block in (model.expand, *model.reconstruction):
-        x = plain_block(block, x)
-    sequence = plain_block(model.sequence_head, x).permute(0, 2, 3, 1) if return_sequence else None
-    for module in model.strided:
-        y = module.dropout(plain_block(module.second, module.dropout(plain_block(module.first, x))))
-        x = y + x[:, :, module.frame::module.width]
-    pose = model.head(x.mean(2).transpose(1, 2))
-    return (pose, sequence) if return_sequence else pose
-
-
-def made_plain(model):
-    """The same GridLiftingNetwork or GLAGCN, which from now on computes by the plain forms."""
+def by_reference(model):
+    """A copy of the model whose layers compute as the papers write them."""
+    model = copy.deepcopy(model)
     for layer in model.modules():
-        if isinstance(layer, gridconv.GridConv):
-            layer.forward = functools.partial(plain_grid_conv, layer)
-    if isinstance(model, GLAGCN):
-        model.forward = functools.partial(plain_glagcn, model)
+        if isinstance(layer, (gridconv.GridConv, AdaptiveGraphConv)):
+            layer.forward = layer.reference
     return model
 
 
-class SampleByFrame(torch.utils.data.Dataset):
-    """Windows fetched one by one on the host, as most code in the field does: what the frame store is measured against."""
-
-    def __init__(self, store, frames):
-        self.store, self.frames = store, frames
-        self.pose, self.target = store.input.cpu().numpy(), store.target.cpu().numpy()
-        self.bounds = list(zip(store.first.tolist(), store.last.tolist()))
-
-    def __len__(self):
-        return len(self.pose)
-
-    def __getitem__(self, i):
-        (first, last), half = self.bounds[i], self.frames // 2
-        window = self.pose[max(first, i - half):min(last, i + half) + 1]
-        missing = max(first - (i - half), 0), max(i + half - last, 0)
-        return np.pad(window, (missing, (0, 0), (0, 0)), mode="edge"), self.target[i]
+def clock(call, device, times=1):
+    """Milliseconds of a call, over so many in a row."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else int
+    wait()
+    started = time.perf_counter()
+    for _ in range(times):
+        call()
+    wait()
+    return 1000 * (time.perf_counter() - started) / times
 
 
-def interleaved(fast, plain):
-    """(seconds of fast, seconds of plain, ratio): medians over 7 interleaved pairs, after one of each to warm up."""
-    def clock(run):
-        started = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-    clock(fast), clock(plain)
-    times = [(clock(fast), clock(plain)) for _ in range(7)]
-    return (*(statistics.median(column) for column in zip(*times)), statistics.median(p / f for f, p in times))
-
-
-def step_memory(build, device):
-    """The most memory in bytes that a training step of the model build() on random poses takes on top of the weights and
-    the batch (on a CPU of Linux alone). For a process of its own: there it is the growth of the largest resident size."""
-    model = build().to(device)
-    shape, batch = ((), 200) if model.receptive_field == 1 else ((model.receptive_field,), 8)
-    pose, target = torch.randn(batch, *shape, 17, 2, device=device), torch.randn(batch, 17, 3, device=device)
-    cuda, status = device.type == "cuda", Path("/proc/self/status")
-    resident = lambda: 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) if status.exists() else math.nan
-    held = torch.cuda.memory_allocated(device) if cuda else resident()
+def timed_call(model, x, what):
+    """What is timed of a model: a function without arguments."""
     optimizer = torch.optim.Adam(model.parameters())
-    mean_distance(model(pose), target).backward()
-    optimizer.step()
-    return batch, (torch.cuda.max_memory_allocated(device) if cuda else resident()) - held
 
-
-def bench(device=None, full_size=False, compile=False):
-    """Print how much faster the fast forms are than the plain ones, measured side by side on this machine, and what a step
-    costs beside: feeding, memory, poses a second. full_size: steps at Human3.6M's size instead, extrapolated to epochs.
-    compile: also training steps through torch.compile against those without, after minutes of compiling."""
-    device = evaluation.pick_device(device)
-    torch.manual_seed(0)
-    a = torch.randn(2048, 2048, device=device)
-    rate = 2 * 2048 ** 3 / interleaved(lambda: a @ a, lambda: a @ a)[0]  # operations a second: the floor that the hardware sets
-    print(f"{device_name(device)}, torch {torch.__version__}; float32 matrix products at {rate / 1e9:.0f} GFLOP/s\n")
-    if full_size:
-        return bench_full_size(device)
-    rows = []
-
-    def row(label, fast, plain, samples=None, flops=None):
-        times = interleaved(fast, plain)
-        rows.append([label, f"{times[2]:.2f}x", f"{1000 * times[0]:.1f}", f"{1000 * times[1]:.1f}",
-                     samples and f"{samples / times[0]:,.0f}", flops and f"{100 * flops / times[0] / rate:.0f} %"])
-
-    def step(model, x, target):
-        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-
-        def run():
-            optimizer.zero_grad()
-            (model(x) - target).square().mean().backward()
+    def call():
+        if what == "evaluation":
+            with torch.no_grad():
+                return model(x)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        if what == "training step":
             optimizer.step()
-        return run
-
-    def network(name, about, model, shape, compile):
-        x, target = torch.randn(*shape, 2, device=device), torch.randn(shape[0], shape[-1], 3, device=device)
-        plain = made_plain(copy.deepcopy(model))
-        row(f"{name}, training step ({about})", step(model, x, target), step(plain, x, target), len(x))
-        if compile:
-            row(f"{name}, training step, torch.compile against none ({about})", step(compiled(model, device), x, target),
-                step(model, x, target))
-        model.eval(), plain.eval()
-        row(f"{name}, evaluation ({about})", torch.no_grad()(lambda: model(x)), torch.no_grad()(lambda: plain(x)), len(x))
-
-    # GridConv
-    layer, push = gridconv.DynamicGridConv(256, 256).to(device), torch.randn(200, 256, 5, 5, device=device)
-    fast_x = torch.randn_like(push).contiguous(memory_format=torch.channels_last).requires_grad_()
-    plain_x = fast_x.detach().contiguous().requires_grad_()
-    row("D-GridConv layer, forward and backward (batch 200, C = 256)", lambda: layer(fast_x).backward(push),
-        lambda: plain_grid_conv(layer, plain_x).backward(push), flops=200 * 3 * 2 * 281 * 256 ** 2)
-    network("GridConv network", "batch 200", gridconv.GridLiftingNetwork().to(device), (200, 17), compile)
-
-    # GLA-GCN; without dropout, whose random numbers cost both forms the same
-    B, T, C, J = 8, 243, 96, 17
-    A = GLAGCN(filter_widths=(3,)).expand.spatial.A
-    block = AGCNBlock(C, C, A, dropout=0.0).to(device)
-    fast_x = torch.randn(B, C, J, T, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
-    plain_x = fast_x.detach().transpose(2, 3).contiguous().requires_grad_()
-    fast_push, plain_push = torch.randn_like(fast_x), torch.randn_like(plain_x)
-    row(f"AGCN block, forward and backward (batch {B}, C = {C}, T = {T})", lambda: block(fast_x).backward(fast_push),
-        lambda: plain_block(block, plain_x).backward(plain_push),
-        flops=B * J * T * 3 * 2 * (3 * C * C + 6 * C * C // 4 + 9 * C * C + 3 * J * C + 3 * J * C // 4))
-    for widths, size in (((3,) * 3, 64), ((3,) * 5, 8)):
-        model, T = GLAGCN(filter_widths=widths, dropout=0.0, unshared_weight=0.0).to(device), 3 ** len(widths)
-        network("GLA-GCN", f"batch {size}, C = {C}, T = {T}", model, (size, T, J), compile and T == 27)
-
-    def endless(batches):
-        while True:
-            yield from batches()
-
-    store = data.FrameStore(data.synthesize(0), "width", data.SKELETONS["h36m17"], device)
-    for frames, size in ((1, 200), (27, 64)):
-        loader = endless(lambda: torch.utils.data.DataLoader(SampleByFrame(store, frames), size, shuffle=True))
-        order = endless(lambda: torch.randperm(len(store), device=device).split(size))
-        row(f"feeding, T = {frames} (40 batches of {size}), against a Dataset and DataLoader",
-            lambda: [store.batch(next(order), frames) for _ in range(40)],
-            lambda: [[part.to(device) for part in next(loader)] for _ in range(40)], 40 * size)
-    print(evaluation.markdown(["what", "ratio", "ms", "plain ms", "poses/s", "of the matrix rate"], rows))
-    print(f"\nAn epoch's time outside its steps (gridconv-synthetic): {100 * outside_steps(store, device):.2f} %\n")
-    memory = []
-    for label, build in (("GridConv network", gridconv.GridLiftingNetwork), ("GLA-GCN, C = 96, T = 27", functools.partial(GLAGCN, filter_widths=(3,) * 3)),
-                         ("GLA-GCN, C = 96, T = 243", GLAGCN)):
-        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            batch, taken = fresh.submit(step_memory, build, device).result()
-        memory.append([label, batch, f"{taken / 2 ** 20:,.0f}", f"{taken / batch / 2 ** 20:,.2f}"])
-    print(evaluation.markdown(["peak memory of a training step", "batch", "MiB", "MiB a sample"], memory))
+    return call
 
 
-def outside_steps(store, device):
-    """The share of an epoch's time that is not spent in training steps: order, batches, schedules, bookkeeping."""
-    run, inside = Run(RECIPES["gridconv-synthetic"], store, ".", device), 0.0
-
-    def wait():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    started = wait()
-    run.begin_epoch(0)
-    for chunk in run.batches(epoch_order(run.recipe, len(store), 0).to(device)):
-        before = wait()
-        run.train_step(chunk)
-        inside += wait() - before
-        agreed(1, 0, False)
-    run.check_finite()
-    return 1 - inside / (wait() - started)
-
-
-def bench_full_size(device):
-    """Seconds an epoch and hours a run of published rows on as many frames as Human3.6M has, from a few steps timed here, and
-    how many times as long the plain forms take, in float32 and not compiled."""
-    frames = data.H36M_FRAMES["train"][0]
-    motion = data.synthesize(0)
-    sequences = motion * math.ceil(frames / sum(len(s.pose_3d) for s in motion))
-    rows, stores, plain = [], {}, {}
-    faster = dict(precision="bf16", micro_batch=128)
-    plan = [("gridconv-gt", {}), ("glagcn-gt-243", dict(micro_batch=64)), ("glagcn-gt-243-reconstruct", dict(micro_batch=64))]
-    if device.type == "cuda":
-        plan += [("gridconv-gt", dict(precision="tf32", compile=True)), ("glagcn-gt-243", faster),
-                 ("glagcn-gt-243", {**faster, "compile": True}), ("glagcn-gt-243-reconstruct", faster)]
-    for name, fields in plan:
-        recipe = dataclasses.replace(RECIPES[name], **fields)
-        if device.type == "cpu":  # memory and patience: more and smaller steps an epoch, the same arithmetic
-            recipe = dataclasses.replace(recipe, batch=16 if recipe.method == "glagcn" else 200, micro_batch=0, compile=False)
-        if recipe.normalise not in stores:
-            stores[recipe.normalise] = data.FrameStore(sequences, recipe.normalise, data.SKELETONS["h36m17"], device)
-        store = stores[recipe.normalise]
-        count = 20 if device.type == "cuda" else 1
-        seconds, steps = step_seconds(recipe, store, device, count)
-        if name not in plain:
-            simple = dataclasses.replace(recipe, precision="float32", compile=False)
-            plain[name] = step_seconds(simple, store, device, count, plain=True)[0]
-        rows.append([name, recipe.batch, recipe.precision + ", compiled" * recipe.compile, f"{1000 * seconds:,.1f}",
-                     f"{plain[name] / seconds:.2f}x", f"{steps:,}",
-                     f"{seconds * steps:,.0f}", f"{recipe.epochs:g}", f"{seconds * steps * recipe.epochs / 3600:,.2f}"])
-    print(f"{len(store):,} frames of procedural motion (Human3.6M has {frames:,}); an epoch is steps times the median of the steps "
-          "timed.\n")
-    print(evaluation.markdown(["recipe", "batch", "precision", "ms a step", "against plain", "steps an epoch", "seconds an epoch",
-                               "epochs", "hours"], rows))
+def bench(device=None):
+    """Print how much faster the fast forms are than the papers', side by side on this machine."""
+    device, precision = evaluation.pick_device(device)
+    torch.manual_seed(0)
+    print(f"{evaluation.device_name(device)}, torch {torch.__version__}, {precision}\n")
+    plain = dict(dropout=0.0, unshared_weight=0.0)  # dropout's random numbers cost both the same
+    short, longer = GLAGCN(filter_widths=(3,) * 3, **plain), GLAGCN(**plain)
+    block = AGCNBlock(96, 96, short.expand.spatial.A, dropout=0.0)
+    layer = gridconv.DynamicGridConv(256, 256)
+    layers, networks = ("forward and backward",), ("training step", "evaluation")
+    plan = {"D-GridConv layer, batch 200, C = 256": (layer, (200, 256, 5, 5), layers),
+            "GridConv, batch 200": (gridconv.GridLiftingNetwork(), (200, 17, 2), networks),
+            "graph convolution, batch 8, C = 96": (block.spatial, (8, 96, 17, 243), layers),
+            "AGCN block, batch 8, C = 96": (block, (8, 96, 17, 243), layers),
+            "GLA-GCN, batch 64, C = 96, T = 27": (short, (64, 27, 17, 2), networks),
+            "GLA-GCN, batch 8, C = 96, T = 243": (longer, (8, 243, 17, 2), networks)}
+    rows = []
+    for name, (model, shape, kinds) in plan.items():
+        x = torch.randn(shape, device=device)
+        if kinds is layers:
+            x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        forms = model.to(device), by_reference(model)
+        for what in kinds:
+            calls = [timed_call(form.train(what != "evaluation"), x, what) for form in forms]
+            times = [[clock(call, device) for call in calls] for _ in range(8)][1:]
+            ratio = statistics.median(slow / fast for fast, slow in times)
+            medians = [f"{statistics.median(column):.1f}" for column in zip(*times)]
+            rows.append([f"{name}: {what}", f"{ratio:.2f}x", *medians])
+    print(evaluation.markdown(["what", "ratio", "ms", "the paper's form, ms"], rows))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+FULL_SIZE = ("gridconv-gt", "glagcn-gt-27", "glagcn-gt-243", "glagcn-gt-243-reconstruct")
+
+
+def bench_full_size(device=None, only=",".join(FULL_SIZE)):
+    """Print ms a step, hours a run and peak memory of published rows at Human3.6M's size, from a
+    few steps timed here: each precision, compiled or not, and the paper's form."""
+    device, _ = evaluation.pick_device(device)
+    frames, motion = data.H36M_FRAMES["train"][0], data.synthesize(0)
+    motion *= math.ceil(frames / sum(len(s.pose_3d) for s in motion))
+    print(f"{evaluation.device_name(device)}, torch {torch.__version__}, as much as Human3.6M\n")
+    print(f"| recipe | batch | how | ms a step | hours a run | peak GiB |\n|{'---|' * 6}")
+    precisions, forms = ("float32", "tf32", "bf16"), ("", "compiled", "the paper's form")
+    if device.type == "cpu":
+        precisions, forms = ("float32",), ("", "the paper's form")
+    for name in only.split(","):
+        recipe = known_recipe(name)
+        if device.type == "cpu" and recipe.method == "glagcn":
+            recipe = replace(recipe, batch=16)
+        store = data.FrameStore(motion, recipe.normalise, data.SKELETONS["h36m17"], device)
+        for precision, form in itertools.product(precisions, forms):
+            evaluation.pick_device(str(device), precision)
+            way = replace(recipe, precision=precision, compile=form == "compiled")
+            figures = full_size_figures(way, store, device, form == "the paper's form")
+            print(f"| {name} | {recipe.batch} | {precision} {form} | {figures} |", flush=True)
+
+
+def full_size_figures(recipe, store, device, plain):
+    """Cells of ms a step, hours a run, peak GiB; of a recipe with two stages the mean of both."""
+    on_gpu = device.type == "cuda"
+    warm, count = (3, 20) if on_gpu else (1, 2)
+    share, ms = recipe.stage_one_epochs / recipe.epochs, 0.0
+    try:
+        for stage_one, weight in ((1.0, share), (0.0, 1 - share)):
+            run = Run(replace(recipe, epochs=1.0, stage_one_epochs=stage_one), store, ".", device)
+            if plain:
+                run.model = by_reference(run.model)
+                run.step_loss = Objective(run.model, run.refinement, store, recipe).train()
+            run.begin_epoch(0)
+            chunks = iter(run.batches(epoch_order(recipe, len(store), 0).to(device)))
+            for _ in range(warm if weight else 0):
+                run.train_step(next(chunks))
+            if weight:
+                ms += weight * clock(lambda: run.train_step(next(chunks)), device, count)
+    except torch.OutOfMemoryError:
+        return "out of memory | - | -"
+    hours = ms * run.epoch_steps * recipe.epochs / 3.6e6
+    peak = torch.cuda.max_memory_allocated(device) / 2 ** 30 if on_gpu else math.nan
+    return f"{ms:,.1f} | {hours:,.2f} | {peak:.1f}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Ablations: the rows of one table, trained alike
+
+
+def ablation_tables():
+    """{table: (base recipe, what the papers' figures are, {row: (paper's figure, fields)})}.
+
+    noise_epochs is a fraction of the run here; stage one is three quarters of it.
+    """
+    learnt = dict(layout="autogrids", noise_epochs=2 / 7)  # near the paper's 30 epochs of 100
+    logits = dict(layout="autogrids-random", noise_epochs=0.0)
+    layouts = {"random": (38.1, dict(layout="random")), "handcrafted": (37.1, {}),
+               "learnable": (36.4, learnt),
+               "learnable from random logits": (None, logits | dict(grid_lr=3.0)),
+               "those random logits, frozen": (None, logits | dict(grid_lr=0.0))}
+    shuffles = {f"{how} shuffle": (paper, dict(layout=how))
+                for how, paper in (("row", 38.4), ("column", 37.7), ("global", 39.4))}
+    learnt = dict(layout="autogrids", loss="mse", schedule="0.96/10", noise_epochs=0.3)
+    joints = {"17 joints, handcrafted": (37.1, {}), "17 joints, learnable": (36.4, learnt),
+              "32 joints, handcrafted": (35.0, JOINTS_32 | dict(layout="handcrafted")),
+              "32 joints, learnable": (33.4, JOINTS_32 | learnt)}
+    pads = {"#1": "circular", "#2": "replicate", "#3": ("replicate", "circular"),
+            "#4": ("circular", "replicate")}
+    printed = {"#1": 40.8, "#2": 42.3, "#3": 41.1, "#4": 40.4, "#1+#1": 40.2, "#2+#2": 41.2,
+               "#3+#3": 41.5, "#4+#4": 40.5, "#1+#2": 39.0, "#1+#3": 39.2, "#1+#4": 39.3,
+               "#2+#3": 40.6, "#2+#4": 39.7, "#3+#4": 39.5, "#1+#2+#3+#4": 38.9}
+    paddings, attention = {}, {}
+    for name, paper in printed.items():
+        fields = dict(padding=tuple(pads[part] for part in name.split("+")), attention="")
+        paddings[name] = (paper, fields)
+        if name in ("#1", "#2", "#1+#2"):
+            attention[name] = (paper, fields)
+            with_it = fields | dict(attention="grid")
+            attention[f"{name}, attention"] = (37.1 if name == "#1+#2" else None, with_it)
+    sizes = {"3-33-3": (37.1, {}), "3-31-3": (37.2, dict(kernel_sizes=(3, (3, 1), 3))),
+             "3-53-3": (37.8, dict(kernel_sizes=(3, (5, 3), 3))),
+             "3-33-1": (37.7, dict(kernel_sizes=(3, (3, 3), 1)))}
+    others = {"D-GridConv": (37.1, {}), "fully connected": (45.5, dict(method="fc", hidden=1024)),
+              "graph convolution": (None, dict(method="gcn", hidden=256))}
+    equal = {"fully connected": (None, dict(method="fc", hidden=272)),  # 0.33 M parameters each
+             "graph convolution": (None, dict(method="gcn", hidden=285)),
+             "vanilla GridConv": (39.0, dict(attention="")), "D-GridConv": (37.1, {})}
+    parts = {"without AGCN (ST-GCN)": (28.0, dict(adaptive=False)),
+             "without strides": (30.6, dict(temporal="mean")),
+             "without individual layers": (27.7, dict(head="full")),
+             "left and right swapped": (28.1, dict(swap_sides=True)), "GLA-GCN": (25.8, {})}
+    heads, sequence = {}, {}
+    for word, with_it in (("without", False), ("with", True)):
+        sequence[f"{word} reconstruction"] = (None, dict(reconstruct=with_it))
+        for weight in (0.0, 0.5, 1.0):
+            fields = dict(reconstruct=with_it, unshared_weight=weight)
+            heads[f"{word} reconstruction, lambda {weight:g}"] = (None, fields)
+    grid, gla = "gridconv-mocap", "glagcn-mocap"
+    return {"gridconv-5": (grid, "P1*, Table 5", layouts),
+            "gridconv-B": (grid, "P1*, Table B", {"no shuffle": (37.1, {}), **shuffles}),
+            "gridconv-6": ("gridconv-gt", "P1*, Table 6", joints),
+            "gridconv-D": (grid, "P1*, Table D, vanilla", paddings),
+            "gridconv-D-attention": (grid, "P1*, Tables D and 4", attention),
+            "gridconv-E": (grid, "P1*, Table E", sizes),
+            "neighbours": (grid, "P1*, Tables 2 and 5", others),
+            "lifters": (grid, "P1*, Tables 4 and 5, of 4.8 M parameters", equal),
+            "glagcn-6": (gla, "P2 on gt, Table 6", parts),
+            "glagcn-heads": (gla, "of no table", heads),
+            "glagcn-reconstruct": (gla, "of no table", sequence)}
+
+
+ABLATIONS = ablation_tables()
+
+
+def ablate(table, folder, out, seeds=3, only="", options=None, device=None):
+    """Train the rows of a table (or those of `only`) for the same epochs, one after the other; the
+    table as text. Finished runs are not repeated. `options`: recipe fields for every row."""
+    name, figures, rows = ABLATIONS[table]
+    base = replace(RECIPES[name], **(options or {}))
+    wanted = only.split(";") if only else rows
+    for label in wanted:
+        if label not in rows:
+            raise InputError(f"--only: no row {label!r}, some of '{';'.join(rows)}' expected")
+    results = {label: [] for label in wanted}
+    for seed, label in itertools.product(range(seeds), wanted):  # so an unfinished table is fair
+        recipe = ablation_recipe(base, f"{label}, seed {seed}", seed, **rows[label][1])
+        place = Path(out) / re.sub(r"[^\w.]+", "-", recipe.name).strip("-")
+        result = finished(recipe, folder, place) or train(recipe, folder, place, device)
+        results[label].append(result)
+    header = ["row", "parameters", "minutes", "MPJPE", "spread", "P-MPJPE", "seeds", "paper",
+              "cells changed", "joints dropped"]
+    lines = []
+    for label, group in results.items():
+        errors = [result["last"]["mpjpe"] for result in group]
+        aligned = statistics.fmean(result["last"]["p_mpjpe"] for result in group)
+        minutes = statistics.fmean(result["seconds"] for result in group) / 60
+        grids = [result["autogrids"] for result in group if result["autogrids"]]
+        lines.append([label, f"{group[0]['parameters']:,}", minutes, statistics.fmean(errors),
+                      max(errors) - min(errors), aligned, listed(f"{e:.2f}" for e in errors),
+                      rows[label][0], listed(grid["cells_changed"] for grid in grids),
+                      listed(grid["dropped"] for grid in grids)])
+    first = next(iter(results.values()))[0]
+    other = "" if first["compares"] else ": other data, so only the order of\nthe rows compares"
+    return (f"{table} on {first['data']}: {first['epochs']:g} epochs a run, last epoch, mm; spread "
+            f"is largest minus smallest.\nMinutes on {first['device']}. The paper's: {figures}, "
+            f"on Human3.6M{other}.\n\n"
+            f"{evaluation.markdown(header, lines)}")
+
+
+def ablation_recipe(base, name, seed, noise_epochs=0.0, **fields):
+    """The recipe of a row and seed, without its base's own row and figure."""
+    recipe = replace(base, name=name, row="", paper_mpjpe=0.0, seed=seed, layout_seed=seed,
+                     noise_epochs=noise_epochs * base.epochs, **fields)
+    if recipe.reconstruct:
+        recipe = replace(recipe, stage_one_epochs=0.75 * recipe.epochs)
+    check_recipe(recipe)
+    return recipe
+
+
+def finished(recipe, folder, place):
+    """The result in `place` of this recipe on these very files (by size and time), or None."""
+    with contextlib.suppress(InputError):  # none there, or not one of this program
+        result = read_result(place / "result.json")
+        same = settings(result["recipe"]) == settings(recipe)
+        if same and result["files"] == files_read(recipe, folder):
+            return result
+    return None
+
+
+# --------------------------------------------------------------------------------------------------
+# Reports
+
+TOLERANCE = 0.5  # mm, or points of PCK and AUC: a figure this near the paper's is reproduced
+HEADLINE = ("gridconv-gt", "gridconv-gt-learnable", "glagcn-gt-243")
+EMBEDDED = ("gridconv-synthetic", "gridconv-synthetic-learnable", "glagcn-synthetic")
+ONLY_BY_NAME = ("glagcn-gt-243-reconstruct-512",)  # days on any single GPU
+LEGEND = """Errors in mm on the test split: averages over actions on Human3.6M, over actions and
+subjects on HumanEva-I, over all frames elsewhere; means over the seeds, spread is largest minus
+smallest. The papers quote the epoch that is best on the test set: within 0.5 of it is reproduced.
+Affine: the best affine map of the 2D pose. Minutes of training alone. Without a paper's figure: on
+other data than the paper's; for those put Human3.6M into data/ (README)."""
+
+
+def listed(values):
+    """Values in a cell, None for none."""
+    return ", ".join(map(str, values)) or None
+
+
+def paper_figures(recipe):
+    """{figure: the paper's} of a recipe's fields, empty where it reproduces no published row."""
+    return {name: recipe["paper_" + name] for name in FIGURES if recipe["paper_" + name]}
+
+
+def read_result(path):
+    """A run's result. InputError: not there, or not one of this program."""
+    result = data.read_json(path, "train a recipe first")
+    if not isinstance(result, dict) or not {"recipe", "files", "best", "compares"} <= result.keys():
+        raise InputError(f"{path}: not a result of train.py; remove it")
+    return result
+
+
+def summary(results):
+    """[a dict for each recipe and figure]: means over seeds, beside the paper's where it compares.
+
+    The headline rows come first, then as --list has them."""
+    groups, rows = {}, []
+    for result in results:
+        same = settings(result["recipe"]) | {"seed": 0}
+        key = json.dumps([same, result["data"], result["test_data"]])
+        groups.setdefault(key, []).append(result)
+    names = [*HEADLINE, *RECIPES, *(result["recipe"]["name"] for result in results)]
+    for group in sorted(groups.values(), key=lambda group: names.index(group[0]["recipe"]["name"])):
+        figures = {"mpjpe": None, "p_mpjpe": None}
+        if all(result["compares"] for result in group):
+            figures = paper_figures(group[0]["recipe"]) or figures
+        kinds = ["last"]
+        if all("refined" in result for result in group):
+            kinds.append("refined")
+        rows += [summary_row(group, *case) for case in itertools.product(kinds, figures.items())]
+    return rows
+
+
+def summary_row(group, kind, figure):
+    """One figure's mean over results of a recipe. Compared is the epoch that was best on the test
+    set, as the papers do; a refined figure has the last alone."""
+    first, (name, paper) = group[0], figure
+    title, on, run = evaluation.METRICS[name], first["data"], first["recipe"]["name"]
+    values = [result[kind][name] for result in group]
+    best, measured = None, statistics.fmean(values)
+    if kind == "last":
+        best = measured = statistics.fmean(result["best"][name] for result in group)
+    else:
+        title += ", refined: true root"
+    if first["test_data"] != on:
+        on += f", tested on {first['test_data']}"
+    if first["settings_changed"]:
+        run += " (settings changed)"
+    row = {"run": run, "figure": title, "paper": paper, "best epoch": best, "difference": None,
+           "reproduced": None, "last epoch": statistics.fmean(values),
+           "spread": max(values) - min(values), "affine": first["yardsticks"]["affine"],
+           "seeds": listed(sorted(result["seed"] for result in group)), "data": on,
+           "minutes": statistics.fmean(result["seconds"] for result in group) / 60,
+           "on": f"{first['device']}, {first['precision']}"}
+    if paper is not None:
+        row["difference"] = measured - paper
+        row["reproduced"] = abs(measured - paper) <= TOLERANCE and not first["settings_changed"]
+    return row
+
+
+def report_table(results):
+    """The summary of finished runs as markdown."""
+    rows = summary(results)
+    table = evaluation.markdown(list(rows[0]), [list(row.values()) for row in rows])
+    return f"{table}\n\n{LEGEND}"
+
+
+def write_report(folder):
+    """report.md and report.json ({"rows": the summary, "runs": results}) of every finished run in
+    a folder; returns the table."""
+    paths, folder = sorted(Path(folder).glob("*/result.json")), Path(folder)
+    if not paths:
+        raise InputError(f"{folder}: no finished runs (*/result.json); train one first")
+    results = [read_result(path) for path in paths]
+    table = report_table(results)
+    sections = ["# Report", table, *map(evaluation.report, results)]
+    write_text(folder / "report.md", "\n\n".join(sections) + "\n")
+    kept = {"rows": summary(results), "runs": results}
+    write_text(folder / "report.json", json.dumps(kept, indent=1))
+    return table
+
+
+# --------------------------------------------------------------------------------------------------
+# The main job: what reproduce.sh runs
+
+
+def known_recipe(name):
+    """The recipe of that name. InputError: none, with the nearest names."""
+    if name in RECIPES:
+        return RECIPES[name]
+    near = difflib.get_close_matches(name, [*RECIPES, *COMMANDS], n=3, cutoff=0.5)
+    raise InputError(f"recipe: unknown {name!r}, nearest: {listed(near) or 'none'}; "
+                     "python train.py --list shows the recipes")
+
+
+def rows_to_run(folder, only="", everything=False):
+    """The recipes to run: those named, else the headline rows (with `everything` every published
+    row) whose data is here, else the embedded default; what a row evaluates comes before it."""
+    data.listing(folder)  # permitted?
+    names = only.split(",") if only else [*HEADLINE]
+    if everything:
+        names += [name for name, recipe in RECIPES.items()
+                  if paper_figures(vars(recipe)) and name not in ONLY_BY_NAME]
+    rows = []
+    for name in names:
+        chain = [part for part in (known_recipe(name).weights, name) if part]
+        missing = [file for part in chain for file in data.missing_files(RECIPES[part], folder)]
+        if missing and only:
+            raise InputError(f"{name} needs {listed(missing)}, not found in {folder}; "
+                             f"python data.py check {folder} says where to get it")
+        if not missing:
+            rows += chain
+    return list(dict.fromkeys(rows or EMBEDDED))
+
+
+def run_recipe(recipe, folder, out=None, device=None):
+    """Train a recipe, or evaluate what another one trained: the best and the last weights of the
+    run that stands beside `out`; returns the result. InputError: that run is not finished."""
+    if not recipe.weights:
+        return train(recipe, folder, out, device)
+    check_recipe(recipe)
+    out = Path(out or Path("results") / recipe.name)
+    device, precision = evaluation.pick_device(device, recipe.precision)
+    source = out.with_name(out.name.replace(recipe.name, recipe.weights))
+    if source == out:
+        raise InputError(f"--out {out}: a name with {recipe.name} in it expected; beside it, with "
+                         f"{recipe.weights} instead, stands the run that is evaluated")
+    result = data.read_json(source / "result.json",
+                            f"first: python train.py {recipe.weights} --out {source}")
+    store = data.make_store(recipe, folder, "test", device)
+    for which, name in (("best", "best.pt"), ("last", "model.pt")):
+        model = evaluation.load_model(source / name).to(device)
+        scores = evaluation.evaluate(model, store, flip=recipe.flip_test)
+        result[which] = {"epoch": model.epoch, **scores}
+    tested = data.provenance(store.sequences)
+    result |= {"recipe": asdict(recipe), "test_data": tested, "precision": precision,
+               "compares": evaluation.compares(recipe, tested, result["data"]),
+               "settings_changed": settings_changed(recipe) or result["settings_changed"],
+               "files": files_read(recipe, folder),
+               "test_frames": int(store.valid.sum()), "yardsticks": {"affine": None}}
+    write_text(out / "result.json", json.dumps(result, indent=1))
+    return result
+
+
+def reproduce(folder, out, device=None, only="", everything=False, seeds=1, quick=False,
+              options=None):
+    """Say what runs, on what and in about how much memory; run it seed by seed, continuing and
+    skipping what `out` holds; write the report after every run and return its table. A row that
+    fails does not stop the others. `options`: recipe fields. InputError: a row failed."""
+    names, out = rows_to_run(folder, only, everything), Path(out)
+    plan, lines, failed = [], [], []
+    for seed, name in itertools.product(range(seeds), names):
+        recipe, parts = replace(RECIPES[name], **(options or {}), seed=seed), [name]
+        if quick:
+            tenth = ("epochs", "noise_epochs", "anneal_epochs", "stage_one_epochs")
+            recipe = replace(recipe, **{field: getattr(recipe, field) / 10 for field in tenth})
+            parts.append("quick")
+        if seed:
+            parts.append(f"seed-{seed}")
+        check_recipe(recipe)
+        place = out / "-".join(parts)
+        state = "to continue" if (place / "last.pt").exists() else "to run"
+        if finished(recipe, folder, place):
+            state = "done"
+        else:
+            plan.append((recipe, place))
+        picked, precision = evaluation.pick_device(device, recipe.precision)
+        need = memory(recipe, precision, samples_at_once(recipe))
+        lines.append([place.name, recipe.row, f"{recipe.epochs:g}", state, precision,
+                      str(recipe.batch), str(samples_at_once(recipe)), f"{need:.1f}"])
+    header = ["run", "row", "epochs", "state", "precision", "batch", "at once", "GiB, about"]
+    if names[0] in EMBEDDED and not only:
+        print(f"No published row's data is in {folder}: both methods run on procedural motion.")
+    if quick:
+        print("Quick: a tenth of the epochs.")
+    print(f"On {evaluation.device_name(picked)}:\n\n{evaluation.markdown(header, lines)}\n\n"
+          "Interrupted, the same command goes on.", flush=True)
+    for recipe, place in plan:
+        try:
+            run_recipe(recipe, folder, place, device)
+            write_report(out)
+        except (OSError, ValueError) as error:
+            print(f"error: {place.name}: {' '.join(str(error).split())}", file=sys.stderr)
+            failed.append(place.name)
+        except Exception:  # a fault of ours: the other rows run on
+            traceback.print_exc()
+            failed.append(place.name)
+    if failed:
+        raise InputError(f"{len(failed)} of {len(plan)} runs failed: {', '.join(failed)}; the same "
+                         "command tries them again")
+    return f"{write_report(out)}\n\nEverything is in {out / 'report.md'}."
+
+
+def list_recipes(folder="data"):
+    """The recipes as text: row, the papers' figures, data here or not, parameters."""
+    data.listing(folder)  # permitted?
+    lines = []
+    for recipe in RECIPES.values():
+        figures = "/".join(f"{value:g}" for value in paper_figures(vars(recipe)).values())
+        here = "no" if data.missing_files(recipe, folder) else "yes"
+        size = f"{parameters(recipe) / 1e6:.2f} M"
+        lines.append([recipe.name, recipe.row, figures or None, here, size])
+    table = evaluation.markdown(["recipe", "row", "paper", "here", "parameters"], lines)
+    return (f"{table}\n\nPaper: MPJPE/P-MPJPE in mm, on 3DHP MPJPE/PCK/AUC in mm and %.\n"
+            f"Here: whether its data is in {folder}; python data.py check says what is missing.")
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 
 def parse_value(text, default):
-    """An option's text as the type of the field's default: "3,3:3,3" is (3, (3, 3), 3)."""
+    """An option's text as the type of its field: "3,3:3,3" is (3, (3, 3), 3)."""
     if isinstance(default, bool):
         if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
-            raise InputError(f"{text!r} is not true or false")
+            raise argparse.ArgumentTypeError(f"{text!r}, yes or no expected")
         return text.lower() in ("true", "yes", "1")
     if isinstance(default, tuple):
-        def item(word):
-            return tuple(item(w) for w in word.split(":")) if ":" in word else int(word) if word.isdecimal() else word
-        return tuple(item(word) for word in text.split(",") if word)
+        return tuple(parse_item(word) for word in text.split(",") if word)
     try:
         return type(default)(text)
     except ValueError:
-        raise InputError(f"{text!r} is not a {type(default).__name__}") from None
+        kind = "a whole number" if isinstance(default, int) else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r}, {kind} expected") from None
 
 
-def add_recipe_options(parser):
-    """An option for every recipe field; left out, the recipe's own value stands."""
+def parse_item(word):
+    """A word of a list: a number, a name, or several joined by colons."""
+    if ":" in word:
+        return tuple(parse_item(part) for part in word.split(":"))
+    return int(word) if re.fullmatch("[0-9]+", word) else word
+
+
+def read_by(method, name):
+    """Whether a model of that method reads a recipe's field."""
+    learnt = ("layout", "layout_seed", "grid", "temperature", "anneal_epochs", "noise_epochs",
+              "grid_lr")
+    whole = ("head_scale", "stage_one_epochs", "refine", "swap_sides")
+    extra = {"gridconv": (*learnt, "attention"), "gridconv-temporal": (*learnt, "norm_schedule"),
+             "glagcn": (*whole, "norm_schedule")}
+    own = {key: (*fields, *extra.get(key, ())) for key, (_, fields) in evaluation.NETWORKS.items()}
+    return name in own[method] or not any(name in fields for fields in own.values())
+
+
+def folder(text):
+    """An option's folder."""
+    if not text:  # an unset variable of a shell's, say
+        raise argparse.ArgumentTypeError("empty; name a folder, or leave the option out")
+    return text
+
+
+def seeds(text):
+    """An option's number of seeds."""
+    if not re.fullmatch("0*[1-9][0-9]{0,5}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}, a number above 0 expected")
+    return int(text)
+
+
+def add(parser, *names, **defaults):
+    """The options that several commands share, of those names; their defaults in --help."""
+    shared = {"data": dict(type=folder, default="data", help="the folder with the data"),
+              "out": dict(type=folder, help="where results go"),
+              "device": dict(help="cpu, cuda, ...; by default cuda where there is one"),
+              "only": dict(default="", help="these rows alone, as --list or the table names them"),
+              "seeds": dict(type=seeds, metavar="N", default=1, help="seeds 0 to N-1")}
+    for name in names:
+        how = shared[name]
+        if name in defaults:
+            how["default"] = defaults[name]
+        if how.get("default"):
+            how["help"] += f" [{how['default']}]"
+        parser.add_argument("--" + name, **how)
+
+
+def add_fields(parser, recipe=None, without=()):
+    """An option for every field, or those that the recipe's method reads; --help shows its own."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Recipe), re.M))
-    for field in dataclasses.fields(Recipe):
-        if field.name not in ("name", "row", "ours", "weights") and not field.name.startswith("paper"):
-            switch = dict(nargs="?", const="true") if isinstance(field.default, bool) else {}  # --flips is --flips true
-            parser.add_argument("--dataset" if field.name == "data" else "--" + field.name.replace("_", "-"), **switch,
-                                metavar="VALUE", dest="field_" + field.name,
-                                help=comments.get(field.name, "").replace("%", "%%") or None)
-
-
-GRIDS = ("gridconv", "gridconv-temporal")
-READ_BY = {  # fields that not every method reads
-    "layout layout_seed grid padding temperature anneal_epochs noise_epochs grid_lr": GRIDS,
-    "kernel_sizes attention": ("gridconv",), "blocks": ("gridconv", "fc", "gcn"), "hidden": (*GRIDS, "fc", "gcn"),
-    "filter_widths norm_schedule": ("gridconv-temporal", "glagcn"),
-    "channels reconstruct reconstruct_blocks unshared_weight causal adaptive temporal head head_scale normalisation "
-    "stage_one_epochs refine swap_sides": ("glagcn",)}
-
-
-def with_options(recipe, args, strict=False):
-    """The recipe with the options given; strict: InputError for one that its method does not read."""
-    changes = {}
-    for field in dataclasses.fields(Recipe):
-        text = getattr(args, "field_" + field.name, None)
-        if text is not None:
-            try:
-                changes[field.name] = parse_value(text, field.default)
-            except InputError as error:
-                raise InputError(f"--{field.name.replace('_', '-')}: {error}") from None
-    recipe = dataclasses.replace(recipe, **changes)
-    for fields, methods in READ_BY.items():
-        unread = changes.keys() & fields.split() if strict and recipe.method not in methods else ()
-        if unread:
-            raise InputError(f"--{min(unread).replace('_', '-')}: {recipe.method} has none, only {', '.join(methods)}")
-    return recipe
-
-
-def parameters(recipe):
-    """The number of parameters that a recipe trains, the refinement network's among them."""
-    model = evaluation.build_model(recipe)
-    extra = Refinement(model.num_joints).parameters() if recipe.refine else ()
-    return sum(p.numel() for p in (*model.parameters(), *extra))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a recipe costs, and what of it can be run here
-
-FIGURES = {"mpjpe": "MPJPE, mm", "p_mpjpe": "P-MPJPE, mm", "pck": "PCK, %", "auc": "AUC, %"}  # of papers, see eval.quoted
-TOLERANCE = 0.5  # mm, or points of PCK and AUC: a figure this near the paper's counts as reproduced
-
-
-def paper_figures(recipe):
-    """{figure: the paper's value} of a recipe, empty where it reproduces no published row."""
-    return {name: value for name in FIGURES if (value := getattr(recipe, "paper_" + name))}
-
-
-@functools.cache
-def arithmetic(recipe):
-    """Floating-point operations of a training step on one sample, forward and backward, counted on the meta device."""
-    model = evaluation.build_model(recipe).to("meta").train()
-    frames = [model.receptive_field] * (model.receptive_field > 1)
-    pose = torch.empty(2, *frames, model.num_joints, 2, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        outputs = model(pose, return_sequence=True) if recipe.reconstruct else [model(pose)]
-        sum(out.sum() for out in outputs).backward()
-    return counter.get_total_flops() / 2
-
-
-def missing_files(recipe, folder):
-    """The names of the files that a recipe needs and `folder` lacks; evaluating needs the test set's alone."""
-    paths = data.files_of(recipe, folder)[-1 if recipe.weights else 0:]
-    return [path.name for path in paths if not path.exists()]
-
-
-def epoch_samples(recipe, folder, counted):
-    """Training samples an epoch: of the data in `folder`, of Human3.6M as published where it is not there, else None.
-    `counted` keeps the frames of each dataset from one call to the next."""
-    key = recipe.data, bool(missing_files(recipe, folder))  # other keypoints of the same data may be here
-    if key not in counted:
-        absent = data.H36M_FRAMES["train"][0] if recipe.data in ("h36m", "gridconv") else None
-        counted[key] = absent if key[1] else sum(len(s.pose_3d) for s in data.load_dataset(recipe, folder, "train"))
-    return counted[key] and counted[key] * (2 if recipe.flips else 1)
-
-
-def speed(recipe, device, timed):
-    """Operations a second that training steps of this method and width reach on the device, by one short timing (of 27
-    frames at most and up to 96 channels, without reconstruction). `timed` keeps it from one call to the next."""
-    most = 512 if device.type == "cuda" else 32 if recipe.method == "glagcn" else 200  # so that it stays short
-    small = dataclasses.replace(recipe, filter_widths=recipe.filter_widths[:3], channels=min(recipe.channels, 96), micro_batch=0,
-                                batch=min(recipe.batch, most), reconstruct=False, stage_one_epochs=0.0, refine=False)
-    key = (small.method, small.hidden, small.channels)
-    if key not in timed:
-        print(f"timing a step of {small.method} on {device_name(device)} ...", file=sys.stderr, flush=True)
-        pose = np.random.default_rng(0).random((256, len(data.SKELETONS[small.skeleton].joints), 3), np.float32)
-        sequence = data.Sequence("S1", "timing", "", 1000 * pose[..., :2], pose, pose[:, 0] + 4, data.H36M_INTRINSICS[0],
-                                 (1000, 1000), 50.0)
-        store = data.FrameStore([sequence] * 8, small.normalise, data.SKELETONS[small.skeleton], device, target=small.target)
-        seconds, _ = step_seconds(small, store, device, steps=1)
-        timed[key] = small.batch * arithmetic(small) / seconds
-    return timed[key]
-
-
-def cost(recipe, folder, device, counted, timed):
-    """(operations an epoch, hours of training) of a recipe on the device, estimated; None where not known."""
-    samples = None if recipe.weights else epoch_samples(recipe, folder, counted)
-    if not samples:
-        return None, None
-    total = samples * arithmetic(recipe)
-    return total, recipe.epochs * total / speed(recipe, device, timed) / 3600
-
-
-def list_recipes(folder="data", device=None):
-    """Print every recipe: the row it reproduces, the paper's figure, its data and whether that is here, its parameters,
-    arithmetic an epoch and hours on this device (one short timing of each method and width), and what of it is ours."""
-    device, rows, counted, timed = evaluation.pick_device(device), [], {}, {}
-    data.listing(folder)  # permitted?
-    for r in RECIPES.values():
-        missing = missing_files(r, folder)
-        total, hours = cost(r, folder, device, counted, timed)
-        rows.append([r.name, r.row, " / ".join(f"{v:g}" for v in paper_figures(r).values()) or None, f"{r.data} {r.keypoints}",
-                     f"no: {', '.join(missing)}" if missing else "yes", f"{parameters(r) / 1e6:.2f} M",
-                     total and f"{total / 1e12:,.4g}", hours and f"{hours:,.3g}", r.ours or None])
-    header = ["recipe", "row", "paper", "data", f"present in {folder}", "parameters", "TFLOP an epoch", "hours here", "ours"]
-    print(evaluation.markdown(header, rows))
-    print(f"\nPapers' figures: MPJPE / P-MPJPE in mm, on 3DHP MPJPE in mm / PCK / AUC in %; within {TOLERANCE} mm or\n"
-          f"points counts as reproduced. Hours of training on {device_name(device)}, from one short timing of each method and\n"
-          "width; evaluation is not counted. Rows without hours:\ntheir data is not here, or they evaluate what "
-          "another row trained.")
-
-
-def device_name(device):
-    """What a device is called in tables."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU thread" + "s" * (torch.get_num_threads() > 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ablations and reports
-
-# noise_epochs is a fraction of the run here: one epoch of three and a half, near the paper's 30 of 100
-_LAYOUTS = {"random": (38.1, dict(layout="random")), "handcrafted": (37.1, {}),
-            "learnable": (36.4, dict(layout="autogrids", noise_epochs=2 / 7)),
-            "learnable from random logits": (None, dict(layout="autogrids-random", grid_lr=3.0)),
-            "those random logits, frozen": (None, dict(layout="autogrids-random", grid_lr=0.0))}
-_LEARN = dict(layout="autogrids", loss="mse", schedule="0.96/10", noise_epochs=0.3)
-_PAIRS = {"#1": "circular", "#2": "replicate", "#3": ("replicate", "circular"), "#4": ("circular", "replicate")}
-# table -> (base recipe, what the paper's figures are, {row: (paper's figure or None, fields)})
-ABLATIONS = {
-    "gridconv-5": ("gridconv-mocap", "P1*, Table 5", _LAYOUTS),
-    "gridconv-B": ("gridconv-mocap", "P1*, Table B", {
-        "no shuffle": (37.1, {}), **{f"{how} shuffle": (paper, dict(layout=how)) for how, paper in
-                                     (("row", 38.4), ("column", 37.7), ("global", 39.4))}}),
-    "gridconv-6": ("gridconv-gt", "P1*, Table 6", {
-        "17 joints, handcrafted": (37.1, {}), "17 joints, learnable": (36.4, _LEARN),
-        "32 joints, handcrafted": (35.0, dict(layout="handcrafted", **_JOINTS_32)),
-        "32 joints, learnable": (33.4, dict(_LEARN, **_JOINTS_32))}),
-    "gridconv-D": ("gridconv-mocap", "P1*, Table D, vanilla", {
-        name: (paper, dict(attention="", padding=tuple(_PAIRS[part] for part in name.split("+")))) for name, paper in
-        (("#1", 40.8), ("#2", 42.3), ("#3", 41.1), ("#4", 40.4), ("#1+#1", 40.2), ("#2+#2", 41.2), ("#3+#3", 41.5),
-         ("#4+#4", 40.5), ("#1+#2", 39.0), ("#1+#3", 39.2), ("#1+#4", 39.3), ("#2+#3", 40.6), ("#2+#4", 39.7), ("#3+#4", 39.5),
-         ("#1+#2+#3+#4", 38.9))}),
-    "gridconv-E": ("gridconv-mocap", "P1*, Table E", {
-        name: (paper, dict(kernel_sizes=sizes)) for name, paper, sizes in
-        (("3-33-3", 37.1, (3, (3, 3), 3)), ("3-31-3", 37.2, (3, (3, 1), 3)), ("3-53-3", 37.8, (3, (5, 3), 3)),
-         ("3-33-1", 37.7, (3, (3, 3), 1)))}),
-    "neighbours": ("gridconv-mocap", "P1*, Tables 2 and 5", {
-        "D-GridConv": (37.1, {}), "fully connected": (45.5, dict(method="fc", hidden=1024)),
-        "graph convolution": (None, dict(method="gcn", hidden=256))}),
-    "glagcn-6": ("glagcn-mocap", "P2 on gt, Table 6", {
-        "without AGCN (ST-GCN)": (28.0, dict(adaptive=False)), "without strides": (30.6, dict(temporal="mean")),
-        "without individual layers": (27.7, dict(head="full")), "left and right swapped": (28.1, dict(swap_sides=True)),
-        "GLA-GCN": (25.8, {})}),
-    "glagcn-heads": ("glagcn-mocap", "no such table", {
-        f"{'with' if reconstruct else 'without'} reconstruction, lambda {weight:g}":
-            (None, dict(reconstruct=reconstruct, unshared_weight=weight))
-        for reconstruct in (False, True) for weight in (0.0, 0.5, 1.0)}),
-}
-
-
-def step_seconds(recipe, store, device, steps=12, plain=False):
-    """(seconds of a training step, steps an epoch) of the recipe on a store's frames: the median of `steps` steps, after
-    three others; of a recipe with two stages the mean of both, as it divides its epochs. plain: of the plain form."""
-    share, seconds = recipe.stage_one_epochs / recipe.epochs, 0.0
-    for stage_one, weight in ((1.0, share), (0.0, 1 - share)):
-        if weight == 0:
+    for field in fields(Recipe):
+        name, value = field.name, getattr(recipe or Recipe(), field.name)
+        if name in ("name", "weights", *TEXTS, *without):
             continue
-        run, times = Run(dataclasses.replace(recipe, epochs=1.0, stage_one_epochs=stage_one), store, ".", device), []
-        if plain:
-            made_plain(run.model)
-        run.begin_epoch(0)
-        for chunk in run.batches(epoch_order(recipe, len(run.store), 0).to(device))[:steps + 3]:
-            started = time.perf_counter()
-            run.train_step(chunk)
-            run.losses.sum().item()  # waits for a GPU
-            times.append(time.perf_counter() - started)
-        seconds += weight * statistics.median(times[3:] or times)
-    return seconds, run.epoch_steps
-
-
-def ablate(table, folder, out, minutes, seeds, base_options, device=None, only=""):
-    """Train the rows of a table (or those that `only` names) for the same time, with several seeds, and return the table.
-
-    Each row's number of epochs is what fits into `minutes` by a timing made once and kept (out/epochs.json), so a
-    repeated command continues. The same command in a second process takes the runs that the first has not begun.
-    """
-    if table not in ABLATIONS:
-        raise InputError(f"table: unknown {table!r}, expected one of {', '.join(ABLATIONS)}")
-    if not 0 < minutes < 1e6 or seeds < 1:
-        raise InputError(f"--minutes {minutes:g}, --seeds {seeds}: expected numbers above 0")
-    base, paper_is, rows = ABLATIONS[table]
-    base, out = base_options(RECIPES[base]), Path(out)
-    wanted = only.split(";") if only else [*rows]
-    if not set(wanted) <= rows.keys():
-        raise InputError(f"--only {only!r}: expected some of '{';'.join(rows)}'")
-    rows = {label: rows[label] for label in wanted}
-
-    def recipe_of(label, epochs, seed=0):
-        fields = rows[label][1]
-        recipe = dataclasses.replace(base, **{"name": f"{label}, seed {seed}", "seed": seed, "layout_seed": seed, "epochs": epochs,
-                                              "eval_every": 10 ** 9, **fields})
-        recipe = dataclasses.replace(recipe, noise_epochs=fields.get("noise_epochs", 0.0) * epochs,
-                                     stage_one_epochs=0.75 * epochs if recipe.reconstruct else 0.0)
-        check_recipe(recipe)
-        return recipe
-
-    plan = out / "epochs.json"
-    if not plan.exists():
-        epochs = {}
-        for label in rows:
-            timed, place = recipe_of(label, 1.0), evaluation.pick_device(device)
-            seconds, steps = step_seconds(timed, make_store(timed, folder, "train", place), place)
-            epochs[label] = max(0.01, round(minutes * 60 / seconds / steps, 2))
-        text = json.dumps({"minutes": minutes, "epochs": epochs}, indent=1)
-        if not plan.exists():  # a second process may have timed as well: the first plan stands
-            data.write_atomically(plan, lambda file: file.write(text.encode()))
-    with data.described(f"{plan}: planned for other runs", "give another --out, or remove it"):
-        planned = data.read_json(plan)
-        epochs = {label: float(planned["epochs"][label]) for label in rows}
-        if planned["minutes"] != minutes:
-            raise ValueError(f"{planned['minutes']:g} minutes a run")
-    # seed by seed, so that an unfinished table is already fair
-    waiting = {(label, seed): recipe_of(label, epochs[label], seed) for seed in range(seeds) for label in rows}
-    results, lines = {}, []
-    while waiting:
-        for key, recipe in list(waiting.items()):
-            try:
-                results[key] = train(recipe, folder, out / re.sub(r"[^\w.]+", "-", recipe.name), device)
-                del waiting[key]
-            except Busy:
-                pass
-        if waiting:
-            time.sleep(60)  # a try loads the data
-    learnt = any("autogrids" in result for result in results.values())
-    header = ["row", "epochs", "MPJPE mean", "spread", *(f"seed {s}" for s in range(seeds)), "P-MPJPE mean", "paper (Human3.6M)",
-              *["cells changed", "joints dropped"] * learnt]
-    for label, (paper, _) in rows.items():
-        mine = [results[label, seed] for seed in range(seeds)]
-        scores, aligned = zip(*(evaluation.headline(r["last"], base.data) for r in mine))
-        grids = [r["autogrids"] for r in mine if "autogrids" in r]
-        lines.append([label, f"{epochs[label]:g}", sum(scores) / seeds, max(scores) - min(scores), *scores, sum(aligned) / seeds,
-                      paper, *[", ".join(str(grid["cells_changed"]) for grid in grids) or None,
-                               ", ".join(str(grid["dropped"] or "none") for grid in grids) or None] * learnt])
-    first = next(iter(results.values()))
-    return (f"{table} on {first['data']}: {minutes:g} minutes a run on {first['device']}, last epoch, mm; spread is largest "
-            f"minus smallest.\nThe paper's column is {paper_is}, on Human3.6M: other data, so only the order of the rows "
-            f"compares.\n\n" + evaluation.markdown(header, lines))
-
-
-REFINED = "refined, with the true root position and the intrinsics"  # the second figure of recipes with `refine`
-
-
-def settings_changed(recipe):
-    """How a run's recipe, as a dict, differs from the published one of its name: "epochs 10 (published: 100)", ..."""
-    published = dataclasses.asdict(RECIPES.get(recipe["name"], Recipe()))
-    if published["name"] != recipe["name"]:
-        return ""
-    return ", ".join(f"{key} {value} (published: {published[key]})" for key, value in recipe.items()
-                     if key in published and key not in ("name", "seed") and evaluation._tuples(value) != published[key])
-
-
-def measured_on(result):
-    """The honest name of the data of a result: the test set's where that decides, else what the model was trained on."""
-    recipe, test = result["recipe"], result.get("test_data", result["data"])
-    needs_h36m = recipe["data"] in ("h36m", "gridconv") or recipe.get("weights")
-    return test if evaluation.GENUINE.get(recipe["data"]) == test and (not needs_h36m or result["data"] == evaluation.HUMAN36M) \
-        else result["data"]
-
-
-def by_recipe(results):
-    """Results in lists of the same recipe and data, apart from the seed; the headline rows first, then as --list has them."""
-    groups, order = {}, [*HEADLINE, *RECIPES]
-    for result in sorted(results, key=lambda r: r["seed"]):
-        groups.setdefault(json.dumps([{**result["recipe"], "seed": None}, measured_on(result)]), []).append(result)
-    place = lambda group: order.index(group[0]["recipe"]["name"]) if group[0]["recipe"]["name"] in order else len(order)
-    return sorted(groups.values(), key=place)
-
-
-def mean_and_spread(values):
-    """(mean, largest minus smallest or None for a single value)."""
-    return statistics.fmean(values), max(values) - min(values) if len(values) > 1 else None
-
-
-def published_rows(results):
-    """The papers' figures beside the measured ones, a dict for each figure of each recipe, only where the data is the
-    paper's. Compared is the epoch that was best on the test set, as the papers do; a refined figure has the last alone."""
-    rows = []
-    for group in by_recipe(results):
-        recipe = group[0]["recipe"]
-        kind, changed = recipe["data"], settings_changed(recipe)
-        if evaluation.GENUINE.get(kind) != measured_on(group[0]):
+        if recipe and not read_by(recipe.method, name):
             continue
-        pairs = [("", [r["best"] for r in group], [r["last"] for r in group])]
-        if all(REFINED in r for r in group):
-            pairs.append((f", {REFINED}", None, [r[REFINED] for r in group]))
-        for ending, best, last in pairs:
-            for name, title in FIGURES.items():
-                if not recipe.get("paper_" + name):
-                    continue
-                figures = lambda scores: mean_and_spread([evaluation.quoted(s, kind)[name] for s in scores])
-                (final, final_spread), (top, spread) = figures(last), figures(best) if best else (None, None)
-                difference = (final if top is None else top) - recipe["paper_" + name]
-                rows.append({"recipe": recipe["name"], "row": recipe["row"], "figure": title + ending,
-                             "paper": recipe["paper_" + name], "best epoch": top, "difference": difference,
-                             "within tolerance": abs(difference) <= TOLERANCE, "last epoch": final,
-                             "seeds": [r["seed"] for r in group], "spread": final_spread if top is None else spread,
-                             "settings changed": changed, "ours": recipe["ours"]})
-    return rows
+        how = dict(help=f"{comments.get(name, '')} [{value}]".replace("%", "%%"))
+        if isinstance(value, bool):
+            how |= dict(nargs="?", const=True)
+        parser.add_argument("--dataset" if name == "data" else "--" + name.replace("_", "-"),
+                            type=functools.partial(parse_value, default=field.default),
+                            default=argparse.SUPPRESS, dest="field " + name, metavar="VALUE", **how)
 
 
-def report_table(results):
-    """Finished runs as markdown: the papers' figures beside the measured ones where the data is the papers', then every
-    run's data, errors, yardsticks and time; means over seeds."""
-    rows, parts, lines = published_rows(results), [], []
-    seeds = lambda numbers: ", ".join(map(str, numbers))
-    if rows:
-        header = ["recipe", "row", "figure", "paper", "best epoch", "difference", f"within {TOLERANCE}", "last epoch", "seeds",
-                  "spread", "ours"]
-        verdict = lambda r: "settings changed" if r["settings changed"] else "yes" if r["within tolerance"] else "no"
-        parts += [evaluation.markdown(header, [
-            [r["recipe"], r["row"], r["figure"], f"{r['paper']:g}", r["best epoch"], f"{r['difference']:+.2f}", verdict(r),
-             r["last epoch"], seeds(r["seeds"]), r["spread"], r["ours"] or None] for r in rows]),
-            f"""The papers quote the epoch that was best on the test set, so that one is compared: within {TOLERANCE} mm
-(PCK, AUC: {TOLERANCE} points) counts as reproduced. Means over the seeds; spread is largest minus smallest."""]
-    for group in by_recipe(results):
-        first, kind, mean = group[0], group[0]["recipe"]["data"], statistics.fmean
-        scores, aligned = zip(*(evaluation.headline(r["last"], kind) for r in group))
-        name = first["recipe"]["name"] + " (settings changed)" * bool(settings_changed(first["recipe"]))
-        lines.append([name, measured_on(first), seeds(r["seed"] for r in group), f"{first['test_frames']:,}",
-                      *mean_and_spread(scores), mean(aligned), mean(evaluation.headline(r["best"], kind)[0] for r in group),
-                      first["yardsticks"]["mean_pose"], first["yardsticks"]["affine"], mean(r["seconds"] for r in group) / 60])
-    parts += [evaluation.markdown(["run", "data", "seeds", "test frames", "MPJPE", "spread", "P-MPJPE", "best epoch's MPJPE",
-                                   "mean pose", "affine", "minutes"], lines),
-              """Errors in mm on the test split, of the last epoch and of the epoch that was best on the test set: unweighted
-over the actions on Human3.6M, over actions and subjects on HumanEva-I, over all frames elsewhere; means over the seeds.
-Yardsticks, over all frames: predicting the training mean pose, and the best affine map of the 2D pose.
-Minutes of training, evaluation not counted."""]
-    if any(evaluation.GENUINE.get(r["recipe"]["data"]) != measured_on(r) for r in results):
-        parts.append("""The data column says what a run was measured on: where it is not Human3.6M, HumanEva-I or MPI-INF-3DHP
-itself, no figure compares with the papers'. For the papers' numbers put Human3.6M into data/ (README, section Data) and run
-bash reproduce.sh again.""")
-    return "\n\n".join(parts)
+def fields_given(args):
+    """{field: value} of those options that were given."""
+    return {name.removeprefix("field "): value for name, value in vars(args).items()
+            if name.startswith("field ")}
 
 
-def run_section(r):
-    """A run's part of the report: what it ran on, and its tables of the best and of the last epoch."""
-    recipe, changed, source = argparse.Namespace(**r["recipe"]), settings_changed(r["recipe"]), measured_on(r)
-    facts = (f"seed {r['seed']}, commit {r['commit'] or 'unknown'}, {r['device']}, torch {r['torch']}, Python {r['python']}, "
-             f"{r['parameters']:,} parameters, {r['epochs']:g} epochs, {r['seconds'] / 60:.1f} minutes")
-    facts += f"; ours: {recipe.ours}" * bool(recipe.ours) + f"; settings changed: {changed}" * bool(changed)
-    parts = [f"## {recipe.name}, seed {r['seed']}: {recipe.row}", facts]
-    if "autogrids" in r:
-        dropped = ", ".join(map(str, r["autogrids"]["dropped"])) or "none"
-        parts.append(f"Learnt grid: {r['autogrids']['cells_changed']} cells differ from the prior; joints dropped: {dropped}.")
-    same = r["best"]["mpjpe"] == r["last"]["mpjpe"]
-    best = f"Best epoch, {r['best']['epoch']:g}, chosen on the test set as the papers do" + ", which is the last" * same
-    refined_title = f"Last epoch, {REFINED}"
-    for title, scores in ((best, r["best"]), ("Last epoch", None if same else r["last"]), (refined_title, r.get(REFINED))):
-        if scores:
-            parts += [f"### {title}", evaluation.report(scores, source, recipe)]
-    if "curves" in r:
-        parts.append(f"![loss and MPJPE of {recipe.name}]({r['curves']})")
-    return "\n\n".join(parts)
+def train_command(parser, words):
+    """Train a recipe, print its table and what comes next."""
+    name = words[0]
+    recipe = known_recipe(name)
+    parser.description = f"Train {name}: {recipe.row}."
+    add(parser, "data", "out", "device", out=f"results/{name}")
+    add_fields(parser, recipe)
+    args = parser.parse_args(words[1:])
+    result = run_recipe(replace(recipe, **fields_given(args)), args.data, args.out, args.device)
+    if result is None:  # another process's to say
+        return
+    weights = Path(args.out.replace(name, recipe.weights or name)) / "model.pt"
+    print(f"{report_table([result])}\n\n"
+          f"Next: python eval.py {weights} --data {args.data} (every table)\n"
+          f"or python eval.py lift KEYPOINTS --model {weights} (your own 2D)")
 
 
-def write_report(folder):
-    """report.md and report.json ({"rows": papers' figures beside measured, "runs": results}) of every finished run below a
-    folder; returns the tables."""
-    paths = sorted(Path(folder).glob("*/result.json"))
-    if not paths:
-        raise InputError(f"{folder}: no finished runs (*/result.json); train one first")
-    results = []
-    for path in paths:
-        with data.described(f"{path}: not a result of train.py", "remove it"):
-            results.append(data.read_json(path))
-            report_table(results[-1:]), run_section(results[-1])
-            if path.with_name("curves.png").exists():
-                results[-1]["curves"] = f"{path.parent.name}/curves.png"
-    table, results = report_table(results), [r for group in by_recipe(results) for r in group]
-    text = "\n\n".join(["# Report", table, *map(run_section, results)]) + "\n"
-    kept = json.dumps({"rows": published_rows(results), "runs": results}, indent=1)
-    data.write_atomically(Path(folder) / "report.md", lambda file: file.write(text.encode()))
-    data.write_atomically(Path(folder) / "report.json", lambda file: file.write(kept.encode()))
-    return table
+def ablate_command(parser, words):
+    """The rows of a table, trained for the same epochs."""
+    parser.add_argument("table", choices=ABLATIONS, help=listed(ABLATIONS), metavar="TABLE")
+    add(parser, "data", "out", "device", "only", "seeds", seeds=3)
+    add_fields(parser, without=("seed", "layout_seed", "noise_epochs", "stage_one_epochs"))
+    args = parser.parse_args(words[1:])
+    out = args.out or f"results/ablate-{args.table}"
+    given = fields_given(args)
+    print(ablate(args.table, args.data, out, args.seeds, args.only, given, args.device))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The main job: what reproduce.sh runs
-
-HEADLINE = ("gridconv-gt", "gridconv-gt-learnable", "glagcn-gt-243")
-EMBEDDED = ("gridconv-synthetic", "gridconv-synthetic-learnable", "glagcn-synthetic")
-ONLY_BY_NAME = ("glagcn-gt-243-reconstruct-512",)  # days on any single GPU
-
-
-def rows_to_run(folder, only="", everything=False):
-    """The recipes to run: those named, else the headline rows (and with `everything` every other published row) whose
-    data is here, else the embedded default. What a row evaluates comes before it. InputError: no such row or data."""
-    data.listing(folder)
-    if only:
-        names = only.split(",")
-        for name in names:
-            if name not in RECIPES:
-                raise InputError(f"--only: unknown {name!r}; python train.py --list shows the rows")
-            if missing := missing_files(RECIPES[name], folder):
-                raise InputError(f"{name} needs {', '.join(missing)}, not found in {folder}; python data.py check {folder} says "
-                                 "where to get it")
+def bench_command(parser, words):
+    """The fast forms beside the papers', on this machine."""
+    parser.add_argument("--full-size", action="store_true", help="steps at Human3.6M's size")
+    add(parser, "device", "only", only=",".join(FULL_SIZE))
+    args = parser.parse_args(words[1:])
+    if args.full_size:
+        bench_full_size(args.device, args.only)
     else:
-        names = [*HEADLINE, *(n for n, r in RECIPES.items() if everything and paper_figures(r) and n not in ONLY_BY_NAME)]
-        here = lambda name: not name or not missing_files(RECIPES[name], folder)
-        names = [n for n in names if here(n) and here(RECIPES[n].weights)] or EMBEDDED
-    return list(dict.fromkeys(n for name in names for n in (RECIPES[name].weights, name) if n))
+        bench(args.device)
 
 
-def quickened(recipe):
-    """The recipe with a tenth of its epochs, and of whatever is counted in them."""
-    fields = ("epochs", "noise_epochs", "anneal_epochs", "stage_one_epochs")
-    return dataclasses.replace(recipe, **{name: getattr(recipe, name) / 10 for name in fields})
+def report_command(parser, words):
+    """The table of every run in a folder; writes report.md and report.json there."""
+    parser.add_argument("folder", nargs="?", default="results", help="where the runs are")
+    print(write_report(parser.parse_args(words[1:]).folder))
 
 
-def files_read(recipe, folder):
-    """Name, size and time of each file that a recipe's data comes from: whether it is still the same data."""
-    paths = [path for path in data.files_of(recipe, folder) if path.exists()]
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+def reproduce_command(parser, words):
+    """The main job: the headline rows of both papers, or the embedded default."""
+    add(parser, "data", "out", "device", "only", "seeds", out="results")
+    parser.add_argument("--all", action="store_true", help="every published row whose data is here")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the epochs")
+    add_fields(parser, without=("seed",))
+    args = parser.parse_args(words[1:])
+    print(reproduce(args.data, args.out, args.device, args.only, args.all, args.seeds, args.quick,
+                    fields_given(args)))
 
 
-def is_done(recipe, folder, place):
-    """Whether `place` holds the result of this recipe on these very data files, going by their sizes and times."""
-    try:
-        result = data.read_json(place / "result.json")
-        kept = Recipe(**{k: evaluation._tuples(v) for k, v in result["recipe"].items()})
-        return kept == recipe and result["files"] == files_read(recipe, folder)
-    except (ValueError, KeyError, TypeError, AttributeError):  # none there, or not one of this program
-        return False
+def list_command(parser, words):
+    """Every recipe: row, the paper's figures, data here or not, parameters."""
+    add(parser, "data")
+    print(list_recipes(parser.parse_args(words[1:]).data))
 
 
-def evaluate_trained(recipe, folder, out, device=None):
-    """The result of a recipe that trains nothing: the best and the last weights of the run of `recipe.weights` that stands
-    beside `out`, on this recipe's test data. InputError: that run is not finished."""
-    check_recipe(recipe)
-    out = Path(out or Path("results") / recipe.name)
-    source, device = out.with_name(out.name.replace(recipe.name, recipe.weights)), evaluation.pick_device(device)
-    if source == out:
-        raise InputError(f"--out {out}: expected a name with {recipe.name} in it; beside it, with {recipe.weights} instead, "
-                         "stands the run that is evaluated")
-    result = data.read_json(source / "result.json", f"first: python train.py {recipe.weights} --out {source}")
-    store = make_store(recipe, folder, "test", device)
-    for which in ("best", "last"):
-        model = evaluation.load_model(source / f"{which}.pt").to(device)
-        result[which] = {"epoch": model.epoch, **evaluation.evaluate(model, store, flip=recipe.flip_test)}
-    result |= {"recipe": dataclasses.asdict(recipe), "test_data": data.provenance(store.sequences),
-               "test_frames": int(store.valid.sum()), "yardsticks": {"mean_pose": None, "affine": None},
-               "files": files_read(recipe, folder)}
-    data.write_atomically(out / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
-    return result
-
-
-def run_recipe(recipe, folder, out=None, device=None):
-    """Train a recipe, or evaluate what another one trained; returns the result."""
-    return (evaluate_trained if recipe.weights else train)(recipe, folder, out, device)
-
-
-def reproduce(folder, out, device, only, everything, seeds, quick, options):
-    """Say what will run and how long that takes, run it seed by seed, continuing and skipping what `out` holds, and write the
-    report after every run; returns its tables. `options(recipe)` applies the command line's."""
-    if seeds < 1:
-        raise InputError(f"--seeds {seeds}: expected a number above 0")
-    if options(Recipe(seed=-1)).seed != -1:
-        raise InputError("--seed: the main job runs seeds 0 to N-1; give --seeds N")
-    device, out, names = evaluation.pick_device(device), Path(out), rows_to_run(folder, only, everything)
-    plan, lines, hours, counted, timed, total = [], [], {}, {}, {}, 0.0
-    for seed in range(seeds):
-        for name in names:
-            recipe = dataclasses.replace(options(RECIPES[name]), seed=seed)
-            recipe = quickened(recipe) if quick else recipe
-            check_recipe(recipe)
-            place = out / (name + "-quick" * quick + f"-seed-{seed}" * (seed > 0))
-            done = is_done(recipe, folder, place)
-            if name not in hours:
-                hours[name] = cost(recipe, folder, device, counted, timed)[1]
-            total += 0.0 if done else hours[name] or 0.0
-            state = "done" if done else "to be continued" if (place / "last.pt").exists() else "to run"
-            lines.append([place.name, recipe.row, f"{recipe.epochs:g}", state, hours[name] and f"{hours[name]:.2f}"])
-            plan += [] if done else [(recipe, place)]
-    what = f"data in {folder}"
-    if names[0] in EMBEDDED and not only:
-        what = f"no published row's data in {folder}, so both methods on procedural motion"
-    print(f"To run: {what}, on {device_name(device)}" + ", a tenth of the epochs" * quick + ".\n")
-    print(evaluation.markdown(["run", "row", "epochs", "state", "hours"], lines))
-    print(f"\nAbout {total * 60:.0f} minutes ({total:.1f} hours) of training, from one short timing of each method here;\n"
-          "evaluation comes on top. Interrupted, the same command continues.\n", flush=True)
-    for recipe, place in plan:
-        run_recipe(recipe, folder, place, device)
-        write_report(out)
-    return f"{write_report(out)}\n\nEverything is in {out / 'report.md'}."
+COMMANDS = {"ablate": ablate_command, "bench": bench_command, "report": report_command,
+            "reproduce": reproduce_command, "--list": list_command}
 
 
 def main(argv=None):
     """Run the command line; see the module's docstring."""
-    parser = data.Parser(prog="train.py", description=__doc__, allow_abbrev=False,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", help="a recipe's name (--list shows them), or reproduce, ablate, report or bench")
-    parser.add_argument("what", nargs="?", help="with ablate: the table; with report: the folder")
-    parser.add_argument("--list", action="store_true", help="show the recipes")
-    parser.add_argument("--data", default="data", metavar="DIR", help="the folder with the data (default: data)")
-    parser.add_argument("--out", metavar="DIR", help="the run's folder (default: results/RECIPE)")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    parser.add_argument("--full-size", action="store_true", help="with bench: epochs at Human3.6M's size")
-    parser.add_argument("--minutes", type=float, default=4.0, help="with ablate: training time of a run (default: 4)")
-    parser.add_argument("--seeds", type=int, help="seeds 0 to N-1 (default: with ablate 3, with reproduce 1)")
-    parser.add_argument("--only", metavar="ROW", default="", help="with reproduce (ROW,ROW) or ablate ('ROW;ROW'): these alone")
-    parser.add_argument("--all", action="store_true", help="with reproduce: every published row whose data is here")
-    parser.add_argument("--quick", action="store_true", help="with reproduce: a tenth of the epochs")
-    add_recipe_options(parser)
-    args = parser.parse_args(argv)
-    command = "--list" if args.list else args.recipe
-    takes = {"--list": "list", "report": "what", "bench": "full_size field_compile", "ablate": "what minutes seeds only",
-             "reproduce": "only all seeds quick"}
-    decided = ("epochs", "seed", "layout_seed", "eval_every", "noise_epochs", "stage_one_epochs")  # by an ablation itself
-    for name, value in vars(args).items():
-        fits = name in ("recipe", "data", "out", "device", *takes.get(command, "").split()) or (
-            name.startswith("field_") and command not in ("--list", "report", "bench")
-            and not (command == "ablate" and name.removeprefix("field_") in decided))
-        if value != parser.get_default(name) and not fits:
-            option = value if name == "what" else "--" + name.removeprefix("field_").replace("_", "-")
-            raise InputError(f"{option} does not go with {command or 'no recipe'}")
-    for name in ("data", "out"):
-        if getattr(args, name) == "":  # an unset variable of a shell's, say
-            raise InputError(f"--{name}: empty; name a folder, or leave the option out")
-    if args.list:
-        list_recipes(args.data, args.device)
-    elif args.recipe == "report":
-        print(write_report(args.what or "results"))
-    elif args.recipe == "bench":
-        bench(args.device, args.full_size, with_options(Recipe(), args).compile)
-    elif args.recipe == "ablate":
-        print(ablate(args.what, args.data, args.out or f"results/ablate-{args.what}", args.minutes,
-                     3 if args.seeds is None else args.seeds, lambda recipe: with_options(recipe, args), args.device, args.only))
-    elif args.recipe in RECIPES:
-        result = run_recipe(with_options(RECIPES[args.recipe], args, strict=True), args.data, args.out, args.device)
-        if result:
-            print(report_table([result]))
-    elif args.recipe == "reproduce":
-        print(reproduce(args.data, args.out or "results", args.device, args.only, args.all,
-                        1 if args.seeds is None else args.seeds, args.quick, lambda recipe: with_options(recipe, args)))
-    else:
-        raise InputError(f"recipe: {'none given' if args.recipe is None else f'unknown {args.recipe!r}'}; "
-                         "python train.py --list shows them")
+    words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if words[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    command, prog = COMMANDS.get(words[0], train_command), f"train.py {words[0]}"
+    command(data.Parser(prog=prog, usage=f"{prog} [options]", description=command.__doc__,
+                        allow_abbrev=False), words)
 
 
 if __name__ == "__main__":
