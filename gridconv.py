@@ -220,7 +220,7 @@ class AutoGrids(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # 3. GridConv (Eq. 6) and D-GridConv (Eq. 7-8)
 
-CPU_SAMPLES = {True: 100, False: 20}  # taken at a time, with gradients and without
+CPU_SAMPLES = 25  # taken at a time: what they read then stays where it is found quickly
 
 
 def padding_pairs(padding):
@@ -372,10 +372,9 @@ class GridConv(nn.Module):
         (B, places, C_in), (branches, C_out, *_, K) = cells.shape, self.weight.shape
         kernels = self.weight.permute(0, 3, 4, 2, 1).reshape(branches, K * K * C_in, C_out)
         summed = kernels.sum(0)
-        # A CPU takes some samples at a time: what they read then stays where it is found quickly.
         keep = torch.is_grad_enabled()  # else nothing needs what is read unscaled
         whole = cells.is_cuda or torch.compiler.is_compiling()
-        size = B if whole else CPU_SAMPLES[keep]
+        size = B if whole else CPU_SAMPLES
         parts, out = cells.split(size), []
         alphas = [None] * len(parts) if alpha is None else alpha.split(size)
         for part, scale in zip(parts, alphas):
