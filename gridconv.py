@@ -220,7 +220,8 @@ class AutoGrids(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # 3. GridConv (Eq. 6) and D-GridConv (Eq. 7-8)
 
-CPU_SAMPLES = 25  # taken at a time: what they read then stays where it is found quickly
+# Taken at a time, with gradients and without: what they read then stays where it is found quickly.
+CPU_SAMPLES = {True: 100, False: 12}
 
 
 def padding_pairs(padding):
@@ -374,7 +375,7 @@ class GridConv(nn.Module):
         summed = kernels.sum(0)
         keep = torch.is_grad_enabled()  # else nothing needs what is read unscaled
         whole = cells.is_cuda or torch.compiler.is_compiling()
-        size = B if whole else CPU_SAMPLES
+        size = B if whole else CPU_SAMPLES[keep]
         parts, out = cells.split(size), []
         alphas = [None] * len(parts) if alpha is None else alpha.split(size)
         for part, scale in zip(parts, alphas):
