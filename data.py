@@ -1711,9 +1711,10 @@ def make_store(recipe, folder, split, device="cpu"):
     if recipe.skeleton not in DATASETS.get(recipe.data, ()):
         raise InputError(f"{recipe.skeleton} of {recipe.data!r} data; expected of: {DATASETS}")
     sequences = load_dataset(recipe, folder, split)
-    rule = fitting_rule(recipe.normalise, {s.size for s in sequences})
+    sizes = {s.size for s in sequences}
     if recipe.cameras == "random":  # images of any size
-        rule = fitting_rule(recipe.normalise, [(0, 0)])
+        sizes = {(0, 0)}
+    rule = fitting_rule(recipe.normalise, sizes)
     store = FrameStore(
         sequences, rule, SKELETONS[recipe.skeleton], device, recipe.target, recipe.cameras,
         recipe.noise, recipe.missing, recipe.swap_sides)

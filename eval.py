@@ -1955,20 +1955,20 @@ def lift_command(argv):
     device, _ = pick_device(args.device)
     models = load_models(args.model, device)
     fps = args.fps / (tracks[0].step or 1)
-    people, lines, warnings, licences = [], [], [], {}
+    people, lines, cautions, licences = [], [], [], {}
     for track in tracks:
         try:
             model = model_for(track, models)
             person, line, left_out = lift_track(track, model, args, fps)
         except InputError as error:  # one bad track does not cost the others
-            warnings.append(f"person {track.person}: left out: {error}")
+            cautions.append(f"person {track.person}: left out: {error}")
             continue
         people.append(person)
         lines.append(line)
-        warnings += left_out
+        cautions += left_out
         licences[model.recipe.name] = model.licence or "not stated"
     if not people:
-        raise InputError(f"{args.keypoints}: {warnings[0]}")
+        raise InputError(f"{args.keypoints}: {cautions[0]}")
     skeleton = data.SKELETONS["h36m17"]
     result = {
         "format": "poselift poses", "source": one_line(args.keypoints.name), "fps": fps,
@@ -1990,7 +1990,7 @@ def lift_command(argv):
         lines.append(f"person {longest['name']} -> {path}")
     lines.append(f"root: by a focal length of {longest['focal']:.0f} pixels (--focal where known)")
     lines.append(f"licence of {result['model']}: {result['licence']}")
-    for warning in warnings:
+    for warning in cautions:
         print(f"warning: {warning}", file=sys.stderr)
     print("\n".join(lines))
 
