@@ -16,7 +16,6 @@ the same numbers, more slowly. Initial weights are those of the authors' release
 """
 
 import math
-import re
 
 import torch
 import torch.nn as nn
@@ -60,9 +59,9 @@ def spatial_partition(edges, num_joints, normalisation="column"):
     edges = tuple(tuple(edge) for edge in edges)
     inward, reached = torch.zeros(num_joints, num_joints, dtype=torch.float64), {0}
     for edge in edges:
-        known = all(hasattr(joint, "__index__") and 0 <= joint < num_joints for joint in edge)
+        known = all(joint in range(num_joints) for joint in edge)
         if not known or len(edge) != 2 or edge[0] == edge[1]:
-            raise ValueError(f"edges: {edge}, expected two different joints of 0..{num_joints - 1}")
+            raise ValueError(f"edges: {edge}, expected two joints of 0..{num_joints - 1}")
         inward[edge] = 1
     for _ in range(num_joints):
         reached |= {joint for edge in edges if reached & set(edge) for joint in edge}
@@ -76,7 +75,7 @@ def spatial_partition(edges, num_joints, normalisation="column"):
     if normalisation == "symmetric":
         scale = (A.sum(-1) + 0.001).rsqrt()
         return scale[:, :, None] * A * scale[:, None, :]
-    raise ValueError(f"normalisation: unknown {normalisation!r}, expected 'column' or 'symmetric'")
+    raise ValueError(f"normalisation: {normalisation!r}, expected 'column' or 'symmetric'")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -233,10 +232,11 @@ class StridedAGCN(nn.Module):
     ValueError: a width that is even or below 1; a T that width does not divide.
     """
 
-    def __init__(self, channels, A, width=3, dropout=0.1, causal=False, adaptive=True, stride=True):
+    def __init__(self, channels, A, width=3, dropout=0.1, causal=False, adaptive=True,
+                 stride=True):
         super().__init__()
         if width < 1 or width % 2 == 0:
-            raise ValueError(f"filter width {width}: an odd number above 0 expected")
+            raise ValueError(f"filter width {width}: expected odd, above 0")
         self.width = width if stride else 1
         self.frame = self.width - 1 if causal else self.width // 2
         options = dict(dropout=dropout, adaptive=adaptive)
@@ -246,7 +246,7 @@ class StridedAGCN(nn.Module):
 
     def forward(self, x):
         if x.shape[-1] % self.width:
-            raise ValueError(f"{x.shape[-1]} frames: a multiple of the width {self.width} expected")
+            raise ValueError(f"{x.shape[-1]} frames: not a multiple of the width {self.width}")
         y = self.dropout(self.second(self.dropout(self.first(x))))
         return y + x[..., self.frame::self.width]
 
@@ -258,7 +258,7 @@ class StridedAGCN(nn.Module):
 def check_lambda(unshared_weight):
     """ValueError unless unshared_weight, lambda of Eq. 7, is in [0, 1]."""
     if not 0 <= unshared_weight <= 1:
-        raise ValueError(f"unshared_weight {unshared_weight}: lambda in [0, 1] expected")
+        raise ValueError(f"unshared_weight {unshared_weight}: expected 0 to 1")
 
 
 class IndividuallyConnected(nn.Module):
@@ -288,8 +288,7 @@ class IndividuallyConnected(nn.Module):
             shared = v @ self.W_shared + self.b_shared  # Eq. 6
         if self.W is not None:
             unshared = torch.einsum("bjc,jco->bjo", v, self.W) + self.b  # Eq. 5
-        weight = self.unshared_weight
-        return weight * unshared + (1 - weight) * shared  # Eq. 7
+        return self.unshared_weight * unshared + (1 - self.unshared_weight) * shared  # Eq. 7
 
 
 class FullyConnected(nn.Linear):
@@ -316,10 +315,9 @@ def mean_distance(prediction, target):
 def check_widths(filter_widths):
     """ValueError unless they are whole numbers whose product is above 1: one frame has nothing to
     convolve over. (StridedAGCN checks that each is odd.)"""
-    whole = isinstance(filter_widths, (tuple, list)) and all(
-        hasattr(width, "__index__") for width in filter_widths)
+    whole = all(hasattr(width, "__index__") for width in filter_widths)
     if not whole or math.prod(filter_widths) == 1:
-        raise ValueError(f"filter_widths: {filter_widths!r}, expected odd numbers, not all 1")
+        raise ValueError(f"filter_widths: {filter_widths!r}, expected odd, not all 1")
 
 
 class GLAGCN(nn.Module):
@@ -356,9 +354,9 @@ class GLAGCN(nn.Module):
         if head not in ("individual", "full"):
             raise ValueError(f"head: {head!r}, expected 'individual' or 'full'")
         if not hasattr(channels, "__index__") or channels < 1:
-            raise ValueError(f"channels: {channels}, expected 1, 2 and so on")
+            raise ValueError(f"channels: {channels}, expected 1 or more")
         if not hasattr(reconstruct_blocks, "__index__") or reconstruct_blocks < 0:
-            raise ValueError(f"reconstruct_blocks: {reconstruct_blocks}, expected 0, 1 and so on")
+            raise ValueError(f"reconstruct_blocks: {reconstruct_blocks}, expected 0 or more")
         check_lambda(unshared_weight)
         check_widths(filter_widths)
 
@@ -405,7 +403,7 @@ class GLAGCN(nn.Module):
         """The batch norms whose momentum the release schedules: all but those of the
         channel-changing shortcuts."""
         return [module for name, module in self.named_modules()
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) and "shortcut" not in name]
+                if hasattr(module, "running_mean") and "shortcut" not in name]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -431,8 +429,7 @@ class Refinement(nn.Module):
 
     def forward(self, pose, uv, intrinsics, root):
         focal, centre, k, p = intrinsics[:, None].split((2, 2, 3, 2), dim=-1)  # (B, 1, 2 | 3)
-        distorted = (uv - centre) / focal
-        ray = distorted
+        ray = distorted = (uv - centre) / focal
         for _ in range(10):  # undo the lens by fixed-point iteration
             r2 = ray.square().sum(-1, keepdim=True)
             radial = (k * torch.cat([r2, r2**2, r2**3], -1)).sum(-1, keepdim=True)
@@ -467,8 +464,10 @@ def released_views(name, value):
         block = f"layers_tcngcn.{2 * int(number) + (position == 'second')}"
     if part.startswith("spatial.embed."):
         letters, views = "ab", value.chunk(6)
-    elif part in ("spatial.W", "spatial.bias"):
-        letters, views = "d", value.split(1, dim=2) if part == "spatial.W" else value.unbind()
+    elif part == "spatial.W":
+        letters, views = "d", value.split(1, dim=2)
+    elif part == "spatial.bias":
+        letters, views = "d", value.unbind()
     else:
         ours = max((ours for ours in RELEASED_PARTS if part.startswith(ours)), key=len)
         theirs = f"{block}.{RELEASED_PARTS[ours]}{part.removeprefix(ours)}"
@@ -490,36 +489,32 @@ def from_released(state_dict, filter_widths=(3, 3, 3, 3, 3), edges=H36M_EDGES, i
     ValueError: another number of strided modules than filter_widths, missing, unknown or
     misshapen weights, by name.
     """
-    weights = {}
-    for name, value in dict(state_dict or {}).items():
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f"released GLA-GCN: {name} is {value!r}, expected a tensor")
-        name = re.sub(r"^((module|_orig_mod)\.)+", "", str(name))
-        if input_norm or not name.startswith("data_bn."):
-            weights[name] = value
+    entries = dict(state_dict or {}).items()
+    weights = {str(name).replace("module.", "").replace("_orig_mod.", ""): value
+               for name, value in entries if isinstance(value, torch.Tensor)}
+    if not input_norm:
+        weights = {name: weights[name] for name in weights if not name.startswith("data_bn.")}
 
     check_widths(filter_widths)
     for name in ("fc.weight", "expand_gcn.gcn1.PA"):
-        if name not in weights or weights[name].dim() != 3 or weights[name].numel() == 0:
-            raise ValueError(f"released GLA-GCN: the weights lack {name}, of three sizes above 0")
-    head, joints = weights["fc.weight"], weights["expand_gcn.gcn1.PA"].shape[2]
-    if not head.is_floating_point():
-        raise ValueError(f"released GLA-GCN: fc.weight holds {head.dtype}, not real numbers")
+        value = weights.get(name, torch.empty(0))
+        if value.dim() != 3 or value.numel() == 0 or not value.is_floating_point():
+            raise ValueError(f"released GLA-GCN: the weights lack {name} of three sizes")
+    head = weights["fc.weight"]
+    joints = weights["expand_gcn.gcn1.PA"].shape[2]
     blocks = {name.split(".")[1] for name in weights if name.startswith("layers_tcngcn.")}
     if len(blocks) != 2 * len(filter_widths):
-        raise ValueError(f"released GLA-GCN: weights of {len(blocks) / 2:g} strided modules, "
-                         f"expected {len(filter_widths)}: {filter_widths}")
+        raise ValueError(f"released GLA-GCN: {len(blocks) / 2:g} strided modules, "
+                         f"expected {len(filter_widths)}")
     model = GLAGCN(joints, edges, filter_widths, head.shape[1], unshared_weight=0.0,
                    input_norm=input_norm).to(head.dtype)
 
-    views = {}
     for name, ours in model.state_dict().items():
-        views |= released_views(name, ours)
-    for theirs, view in views.items():
-        found = tuple(weights[theirs].shape) if theirs in weights else "missing"
-        if found != tuple(view.shape):
-            raise ValueError(f"released GLA-GCN: {theirs} is {found}, expected {(*view.shape,)}")
-        view.copy_(weights.pop(theirs))
+        for theirs, view in released_views(name, ours).items():
+            found = tuple(weights[theirs].shape) if theirs in weights else "missing"
+            if found != tuple(view.shape):
+                raise ValueError(f"released GLA-GCN: {theirs} is {found}, expected {*view.shape,}")
+            view.copy_(weights.pop(theirs))
     if weights:
-        raise ValueError(f"released GLA-GCN: unexpected {min(weights)} ({len(weights)} in all)")
+        raise ValueError(f"released GLA-GCN: unexpected {min(weights)}")
     return model

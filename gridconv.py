@@ -16,7 +16,6 @@ T frames.
 """
 
 import math
-import re
 from collections import OrderedDict
 from functools import partial
 
@@ -39,9 +38,7 @@ HANDCRAFTED_5X5 = ((7, 7, 7, 7, 7),
 
 # What the release trained with: the middle cell holds the mean of joints 8 and 9 going in, and is
 # ignored coming out.
-RELEASED_5X5 = (*HANDCRAFTED_5X5[:2],
-                (1, 14, (8, 9), 11, 4),
-                *HANDCRAFTED_5X5[3:])
+RELEASED_5X5 = (*HANDCRAFTED_5X5[:2], (1, 14, (8, 9), 11, 4), *HANDCRAFTED_5X5[3:])
 
 # Table 6, 32 joints. The paper does not print its layout; this one is ours and satisfies Eq. 2
 # and 3: arms above, head between them, legs below.
@@ -53,16 +50,8 @@ HANDCRAFTED_7X5 = ((29, 28, 21, 22, 23),
                    (3, 2, 11, 12, 8),
                    (4, 5, 0, 10, 9))
 
-
 # --------------------------------------------------------------------------------------------------
 # 1. Semantic grid transformation (section 3.1, A.1)
-
-
-def check_fits(name, grid_shape, num_joints):
-    """ValueError unless the grid has as many cells as there are joints."""
-    H, P = grid_shape
-    if H * P < num_joints:
-        raise ValueError(f"{name}: {H} x {P} = {H * P} cells cannot hold {num_joints} joints")
 
 
 def assignment_matrix(layout, num_joints):
@@ -73,35 +62,26 @@ def assignment_matrix(layout, num_joints):
     ValueError: rows of different length, an unknown joint, an empty cell, fewer cells than
     joints, a joint without a cell of its own.
     """
-    widths = [len(row) for row in layout]
-    if not widths or widths[0] == 0 or len(set(widths)) > 1:
-        raise ValueError(f"layout: every row needs the same number of cells, found {widths}")
-    check_fits("layout", (len(widths), widths[0]), num_joints)
+    widths = {len(row) for row in layout}
+    if len(widths) != 1:
+        raise ValueError(f"layout: rows of {widths} cells, expected one length")
 
-    S, alone = [], set()
+    S = []
     for cell in (cell for row in layout for cell in row):
         joints = cell if isinstance(cell, (tuple, list)) else (cell,)
-        unknown = [j for j in joints if not hasattr(j, "__index__") or not 0 <= j < num_joints]
-        if unknown or not joints:
-            raise ValueError(f"layout: unknown or empty cell {cell!r}, not of 0..{num_joints - 1}")
+        if not joints or not all(joint in range(num_joints) for joint in joints):
+            raise ValueError(f"layout: cell {cell!r} is empty or not of 0..{num_joints - 1}")
         S.append([joints.count(joint) / len(joints) for joint in range(num_joints)])
-        alone |= set(joints) if len(set(joints)) == 1 else set()
-    missing = [joint for joint in range(num_joints) if joint not in alone]
+    missing = sorted({*range(num_joints)} - {row.index(1) for row in S if 1 in row})
     if missing:
-        raise ValueError(f"layout: no cell for joint {missing}; every joint needs one of its own")
+        raise ValueError(f"layout: of {num_joints} joints, joint {missing} lack their own cell")
     return torch.tensor(S)
-
-
-def outside_autocast(x):
-    """A context whose products are not rounded to bfloat16: of a metre, that takes millimetres."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def sgt(pose, S, grid_shape):
     """SGT, Eq. 1: D = S G. pose (B, J, C), S (H*P, J) -> grid pose (B, C, H, P)."""
-    with outside_autocast(pose):
-        grid = F.linear(pose.transpose(1, 2), S.to(pose.dtype))  # (B, C, H*P)
-    return grid.unflatten(2, grid_shape)
+    with torch.autocast(pose.device.type, enabled=False):  # bfloat16 would take millimetres
+        return F.linear(pose.transpose(1, 2), S.to(pose.dtype)).unflatten(2, grid_shape)
 
 
 def inverse_sgt(grid, S):
@@ -112,60 +92,49 @@ def inverse_sgt(grid, S):
     """
     S = S.to(grid.dtype)
     S = S * (S == S.round())  # keeps the zeros, whose gradient tells AutoGrids what to add
-    count = S.sum(0).clamp(min=1)
-    with outside_autocast(grid):
-        pose = grid.flatten(2) @ (S / count)  # (B, C, J)
-    return pose.transpose(1, 2)
+    with torch.autocast(grid.device.type, enabled=False):
+        return (grid.flatten(2) @ (S / S.sum(0).clamp(min=1))).transpose(1, 2)
 
 
 def satisfies_topology(S, grid_shape, edges=H36M_EDGES):
     """Whether S (H*P, J) keeps the skeleton: each cell holds one joint (Eq. 3), and linked joints
     are adjacent somewhere (Eq. 2)."""
-    if not (((S == 0) | (S == 1)).all() and (S.sum(1) == 1).all()):
-        return False
-    joints = S.argmax(1).view(*grid_shape)
-    beside = torch.stack([joints[:, :-1], joints[:, 1:]], -1).flatten(0, 1)
-    below = torch.stack([joints[:-1], joints[1:]], -1).flatten(0, 1)
-    adjacent = {frozenset(pair) for pair in torch.cat([beside, below]).tolist()}
-    return all(frozenset(edge) in adjacent for edge in edges)
+    one_joint = ((S == 0) | (S == 1)).all() and (S.sum(1) == 1).all()
+    cells = torch.ones(grid_shape, device=S.device).nonzero().to(S)  # their rows and columns
+    adjacent = torch.cdist(cells, cells, p=1) == 1
+    together = S.T @ adjacent.to(S) @ S  # (J, J): how often two joints stand side by side
+    return bool(one_joint and all(together[i, j] > 0 for i, j in edges))
 
 
 def random_layout(num_joints, grid_shape, seed=0):
     """A random layout (nested tuple) with every joint at least once (section 4.5, Table 5); the
     same seed gives the same layout. ValueError: fewer cells than joints."""
-    check_fits("grid_shape", grid_shape, num_joints)
-    spare = math.prod(grid_shape) - num_joints
+    H, P = grid_shape
+    if H * P < num_joints:
+        raise ValueError(f"grid_shape: {H * P} cells cannot hold {num_joints} joints")
     generator = torch.Generator().manual_seed(seed)
-    repeats = torch.randint(num_joints, (spare,), generator=generator, device="cpu")
+    repeats = torch.randint(num_joints, (H * P - num_joints,), generator=generator, device="cpu")
     joints = torch.cat([torch.arange(num_joints, device="cpu"), repeats])
     order = torch.randperm(len(joints), generator=generator, device="cpu")
-    return tuple(tuple(row) for row in joints[order].view(*grid_shape).tolist())
+    return tuple(tuple(row) for row in joints[order].view(H, P).tolist())
 
 
 def shuffle_layout(layout, how, seed=0):
     """The layout with its rows, columns or cells permuted (Table B): "row", "column" or
     "global"."""
     H, P = len(layout), len(layout[0])
-    counts = {"row": H, "column": P, "global": H * P}
-    if how not in counts:
-        raise ValueError(f"how: unknown shuffle {how!r}, expected 'row', 'column' or 'global'")
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(counts[how], generator=generator, device="cpu").tolist()
-    if how == "row":
-        return tuple(tuple(layout[i]) for i in order)
-    if how == "column":
-        return tuple(tuple(row[j] for j in order) for row in layout)
+    ways = {"row": ((H, P), 0), "column": ((H, P), 1), "global": ((H * P,), 0)}
+    if how not in ways:
+        raise ValueError(f"how: {how!r}, expected 'row', 'column' or 'global'")
+    shape, dim = ways[how]
+    order = torch.randperm(shape[dim], generator=torch.Generator().manual_seed(seed), device="cpu")
+    places = torch.arange(H * P, device="cpu").view(shape).index_select(dim, order)
     cells = [cell for row in layout for cell in row]
-    return tuple(tuple(cells[i] for i in order[r * P:r * P + P]) for r in range(H))
+    return tuple(tuple(cells[i] for i in row) for row in places.view(H, P).tolist())
 
 
 # --------------------------------------------------------------------------------------------------
 # 2. AutoGrids: the learnable SGT (section 3.2, A.3)
-
-
-def one_hot_rows(scores):
-    """1 where a row's largest score is, 0 elsewhere."""
-    return torch.zeros_like(scores).scatter(1, scores.argmax(1, keepdim=True), 1.0)
 
 
 class AutoGrids(nn.Module):
@@ -181,17 +150,16 @@ class AutoGrids(nn.Module):
 
     def __init__(self, num_joints=17, grid_shape=(5, 5), prior="handcrafted"):
         super().__init__()
-        check_fits("grid_shape", grid_shape, num_joints)
         H, P = self.grid_shape = tuple(grid_shape)
+        if H * P < num_joints:
+            raise ValueError(f"grid_shape: {H * P} cells cannot hold {num_joints} joints")
         if prior == "handcrafted":
-            designed = {(17, 5, 5): HANDCRAFTED_5X5, (32, 7, 5): HANDCRAFTED_7X5}
-            prior = designed.get((num_joints, H, P), "none handcrafted")
+            prior = {17: HANDCRAFTED_5X5, 32: HANDCRAFTED_7X5}.get(num_joints, "none handcrafted")
+        averages = any(isinstance(cell, (tuple, list)) for row in prior for cell in row)
         if prior == "random":
             S = torch.rand(H * P, num_joints)
-        elif isinstance(prior, str) or [len(row) for row in prior] != [P] * H:
-            raise ValueError(f"prior: {prior!r}, expected 'random' or a layout of {H} rows of {P}")
-        elif any(isinstance(cell, (tuple, list)) for row in prior for cell in row):
-            raise ValueError("prior: a cell averages joints; AutoGrids takes one joint a cell")
+        elif averages or [len(row) for row in prior] != [P] * H:
+            raise ValueError(f"prior: {prior!r}, expected 'random' or {H} x {P} cells, no averages")
         else:
             S = assignment_matrix(prior, num_joints)
         self.s_prob = nn.Parameter(S)
@@ -202,15 +170,16 @@ class AutoGrids(nn.Module):
         soft = self.s_prob
         if self.training and self.noise:
             soft = soft - torch.empty_like(soft).exponential_().log()  # Eq. 4: Gumbel(0, 1) noise
+        hard = torch.zeros_like(soft).scatter(1, soft.argmax(1, keepdim=True), 1.0)
         relaxed = soft.softmax(1)  # temperature 1 (A.3)
         # Eq. 5, straight-through. The bracket is exactly 0, which F.gumbel_softmax(hard=True) does
         # not promise: its rows can come out as 1 - 6e-8, and Eq. 11 counts entries equal to 1.
-        return one_hot_rows(soft) + (relaxed - relaxed.detach())
+        return hard + (relaxed - relaxed.detach())
 
     @torch.no_grad()
     def assignment(self):
         """The current binary S (H*P, J), without noise."""
-        return one_hot_rows(self.s_prob)
+        return F.one_hot(self.s_prob.argmax(1), self.s_prob.shape[1]).to(self.s_prob)
 
     def dropped(self):
         """The joints that no cell of the current assignment holds, as a list."""
@@ -221,39 +190,27 @@ class AutoGrids(nn.Module):
 # 3. GridConv (Eq. 6) and D-GridConv (Eq. 7-8)
 
 # Taken at a time, with gradients and without: what they read then stays where it is found quickly.
-CPU_SAMPLES = {True: 100, False: 12}
+CPU_SAMPLES = {True: 100, False: 20}
 
 
 def padding_pairs(padding):
     """The (vertical, horizontal) modes of each branch. ValueError: anything but names and pairs."""
     modes = ("circular", "replicate", "zeros")
-    entries = () if isinstance(padding, str) else padding
-    pairs = [(entry, entry) if isinstance(entry, str) else tuple(entry) for entry in entries]
+    pairs = [(entry, entry) if isinstance(entry, str) else tuple(entry) for entry in padding]
     if not pairs or any(len(pair) != 2 or not set(pair) <= set(modes) for pair in pairs):
-        raise ValueError(f"padding: {padding!r}, expected a tuple: a name of {modes} or a "
-                         "(vertical, horizontal) pair of these for each branch")
+        raise ValueError(f"padding: {padding!r}, expected a tuple of {modes} or pairs of these")
     return pairs
 
 
 def pad(x, radius, vertical, horizontal):
     """x (B, C, H, P) with `radius` more cells on every side: (B, C, H + 2 radius, P + 2 radius)."""
+    x = F.pad(x, [radius] * 4)  # zeros, which the other modes do not read
     for dim, mode in ((2, vertical), (3, horizontal)):
-        size = x.shape[dim]
+        size = x.shape[dim] - 2 * radius
         index = torch.arange(-radius, size + radius, device=x.device)
-        inside = index % size if mode == "circular" else index.clamp(0, size - 1)
-        x = x.index_select(dim, inside)
-        if mode == "zeros":
-            x = x * (index == inside).view(-1, *[1] * (3 - dim))
+        reads = {"circular": index % size, "replicate": index.clamp(0, size - 1), "zeros": index}
+        x = x.index_select(dim, reads[mode] + radius)
     return x
-
-
-def read_cells(grid_shape, K, modes):
-    """Which cell each tap reads from each cell: 0/1 (H*P, K*K, H*P), found by padding and unfolding
-    the cells' numbers. On the CPU, whatever the default device."""
-    cells = math.prod(grid_shape)
-    numbers = torch.arange(1.0, cells + 1, device="cpu").view(1, 1, *grid_shape)
-    numbers = F.unfold(pad(numbers, K // 2, *modes), K)[0].T.long()
-    return F.one_hot(numbers, cells + 1)[..., 1:]  # number 0 is a zero, and no cell
 
 
 class GridConv(nn.Module):
@@ -286,12 +243,10 @@ class GridConv(nn.Module):
             raise ValueError(f"kernel_size: {kernel_size}, expected an odd number")
         self.grid_shape, self.kernel_size = tuple(grid_shape), kernel_size
         kernels = (len(self.padding), out_channels, in_channels, kernel_size, kernel_size)
-        self.weight = nn.Parameter(torch.empty(kernels))
-        self.bias = nn.Parameter(torch.empty(kernels[:2])) if bias else None
-        bound = 1 / math.sqrt(in_channels * kernel_size**2)
-        for parameter in self.parameters(recurse=False):  # as nn.Conv2d does
-            nn.init.uniform_(parameter, -bound, bound)
-
+        bound = 1 / math.sqrt(in_channels * kernel_size**2)  # as nn.Conv2d does
+        self.weight = nn.Parameter(torch.empty(kernels).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(kernels[:2]).uniform_(-bound, bound)) if bias else None
+        self.attention = None  # what scales the taps, in D-GridConv
         self.multiply_first = 4 * out_channels < in_channels
         self._plan()
 
@@ -299,7 +254,7 @@ class GridConv(nn.Module):
         """What `forward` returns, as the paper writes it: for each branch pad, unfold, multiply by
         alpha (Eq. 8), one product with its kernel; add the branches."""
         (B, C, H, P), K, out = x.shape, self.kernel_size, 0
-        alpha = self.alpha(x) if alpha is None else alpha
+        alpha = self.attention(x) if alpha is None and self.attention else alpha
         for kernel, modes in zip(self.weight, self.padding):
             patches = F.unfold(pad(x, K // 2, *modes), K).view(B, C, K * K, H * P)
             if alpha is not None:
@@ -309,21 +264,21 @@ class GridConv(nn.Module):
             out = out + self.bias.sum(0)[:, None]
         return out.view(B, -1, H, P)
 
-    def alpha(self, x):
-        """What scales the taps where none is given: nothing, in vanilla GridConv."""
-
     def forward(self, x, alpha=None):
         B, K, C = len(x), self.kernel_size, self.weight.shape[2]
         if tuple(x.shape) != (B, C, *self.grid_shape):
             raise ValueError(f"x: {tuple(x.shape)}, expected {(B, C, *self.grid_shape)}")
-        alpha = self.alpha(x) if alpha is None else alpha
+        alpha = self.attention(x) if alpha is None and self.attention else alpha
         if alpha is not None:
             if tuple(alpha.shape) != (B, *self.grid_shape, K, K):
                 raise ValueError(f"alpha: {tuple(alpha.shape)}, not {B, *self.grid_shape, K, K}")
             alpha = alpha.reshape(B, math.prod(alpha.shape[1:]), 1)  # (B, H*P * K*K, 1)
         cells = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H*P, C_in); of channels_last, a view
         form = self._multiply_first if self.multiply_first else self._read_first
-        return form(cells, alpha).unflatten(1, self.grid_shape).permute(0, 3, 1, 2)
+        out = form(cells, alpha)
+        if self.bias is not None:
+            out.add_(self.bias.sum(0, keepdim=True))
+        return out.unflatten(1, self.grid_shape).permute(0, 3, 1, 2)
 
     def _table(self, name, values):
         """A constant that moves with the layer and is not saved; from a list, for the meta
@@ -333,37 +288,37 @@ class GridConv(nn.Module):
     def _plan(self):
         """The tables of the two forms: what each of them reads where."""
         (H, P), K, reach = self.grid_shape, self.kernel_size, self.kernel_size // 2
-        reads = [read_cells((H, P), K, modes) for modes in self.padding]
+        # Which cell each tap reads from each cell, 0/1 (branches, H*P, K*K, H*P): found by padding
+        # and unfolding the cells' numbers, of which 0 is a zero, and no cell.
+        numbers = torch.arange(1.0, H * P + 1, device="cpu").view(1, 1, H, P)
+        numbers = torch.cat([pad(numbers, reach, *modes) for modes in self.padding])
+        reads = F.one_hot(F.unfold(numbers, K).mT.long(), H * P + 1)[..., 1:]
         if self.multiply_first:
-            cell, branch, tap, source = torch.stack(reads, 1).nonzero(as_tuple=True)
+            cell, tap, source, branch = reads.permute(1, 2, 3, 0).nonzero(as_tuple=True)
             self._table("picks", (source * len(reads) + branch) * K * K + tap)
             self._table("pairs", cell * K * K + tap)
             self._table("targets", cell)
             return
 
-        # The base reads no zeros: the first branch of that kind, or else as `replicate`.
-        reads.append(read_cells((H, P), K, ("replicate", "replicate")))
-        base = next(read for read in reads if read.sum() == H * P * K * K)
-        self._table("sources", base.argmax(2).flatten())
+        # The base reads as the branch with the fewest zeros, and in their place cell 0.
+        base = max(reads, key=torch.sum).argmax(2)
+        self._table("sources", base.flatten())
 
         # The border: a group for each branch that reads otherwise and each side of the grid.
         cell_at = torch.arange(H * P, device="cpu").view(H, P)
         tap_at = torch.arange(K * K, device="cpu").view(K, K)
-        pair_at = cell_at[..., None, None] * K * K + tap_at
-        every, low, high = slice(None), slice(0, reach), slice(-reach, None)
-        differences, pairs, taps, targets = [], [], [], []
-        for branch, read in enumerate(reads[:-1]):
-            difference = (read - base).view(H, P, K, K, H * P)
+        every, low, high = slice(None), slice(reach), slice(-reach, None)
+        groups = []
+        for branch, differences in enumerate(reads - F.one_hot(base, H * P)):
             for side in ((low, every), (high, every), (every, low), (every, high)):
-                pair = side + side  # rows and columns of cells, rows and columns of taps
-                if difference[pair].any():
-                    differences.append(difference[pair].clone().flatten(2, 3).flatten(0, 1))
-                    difference[pair] = 0  # a corner's taps count for the first of its sides
-                    pairs.append(pair_at[pair].flatten(2).flatten(0, 1))
-                    taps.append(branch * K * K + tap_at[side].flatten())
-                    targets.append(cell_at[side].flatten())
-        self.groups = len(taps)
-        if self.groups:  # sides of fewer cells are filled up with zeros: (slots, groups, ...)
+                cells, taps = cell_at[side].reshape(-1, 1), tap_at[side].flatten()
+                found = differences[cells, taps]  # (cells, taps, H*P)
+                differences[cells, taps] = 0  # a corner's taps count for the first of its sides
+                if found.any():
+                    groups.append((found, cells * K * K + taps, branch * K * K + taps, cells))
+        self.groups = len(groups)
+        if groups:  # sides of fewer cells are filled up with zeros: (slots, groups, ...)
+            differences, pairs, taps, targets = zip(*groups)
             self._table("differences", pad_sequence(differences).flatten(0, 2).float())
             self._table("pairs", pad_sequence(pairs).flatten())
             self._table("taps", torch.cat(taps))
@@ -374,7 +329,8 @@ class GridConv(nn.Module):
         kernels = self.weight.permute(0, 3, 4, 2, 1).reshape(branches, K * K * C_in, C_out)
         summed = kernels.sum(0)
         keep = torch.is_grad_enabled()  # else nothing needs what is read unscaled
-        whole = cells.is_cuda or torch.compiler.is_compiling()
+        # Few channels (the expanding layer) are little to read; a GPU and a compiler need no parts.
+        whole = C_in < 16 or cells.is_cuda or torch.compiler.is_compiling()
         size = B if whole else CPU_SAMPLES[keep]
         parts, out = cells.split(size), []
         alphas = [None] * len(parts) if alpha is None else alpha.split(size)
@@ -383,18 +339,19 @@ class GridConv(nn.Module):
             if scale is not None:
                 patches = patches * scale if keep else patches.mul_(scale)
             out.append(torch.mm(patches.view(-1, K * K * C_in), summed))
-        out = torch.cat(out).view(B, places, C_out)
+        out = torch.cat(out).unflatten(0, (B, places))
         if self.groups:
             out = out.index_add(1, self.targets, self._border(cells, alpha, kernels))
-        return out if self.bias is None else out + self.bias.sum(0).to(out.dtype)
+        return out
 
     def _border(self, cells, alpha, kernels):
         """W2 (x2 - x1) wherever x2 is not x1: (B, slots * groups, C_out)."""
         (B, _, C_in), C_out = cells.shape, kernels.shape[2]
         kernels = kernels.reshape(-1, C_in, C_out).index_select(0, self.taps)
         kernels = kernels.view(self.groups, -1, C_out)  # (groups, taps * C_in, C_out)
-        read = self.differences.expand(B, -1, -1)
-        if alpha is not None:
+        if alpha is None:
+            read = self.differences.expand(B, -1, -1)
+        else:
             read = alpha.index_select(1, self.pairs) * self.differences
         read = torch.bmm(read, cells)  # (B, slots * groups * taps, C_in)
         read = read.view(-1, self.groups, kernels.shape[1]).transpose(0, 1)
@@ -404,13 +361,11 @@ class GridConv(nn.Module):
     def _multiply_first(self, cells, alpha):
         (B, places, C_in), C_out = cells.shape, self.weight.shape[1]
         kernels = self.weight.permute(2, 0, 3, 4, 1).reshape(C_in, -1)
-        products = torch.mm(cells.reshape(B * places, C_in), kernels)
-        products = products.view(B, places * len(kernels[0]) // C_out, C_out)
-        products = products.index_select(1, self.picks)  # those that a cell, branch and tap read
+        products = torch.mm(cells.reshape(-1, C_in), kernels)  # of every cell and every kernel
+        products = products.view(B, -1, C_out).index_select(1, self.picks)
         if alpha is not None:
             products = products * alpha.index_select(1, self.pairs)
-        out = products.new_zeros(B, places, C_out).index_add(1, self.targets, products)
-        return out if self.bias is None else out + self.bias.sum(0).to(out.dtype)
+        return products.new_zeros(B, places, C_out).index_add_(1, self.targets, products)
 
 
 class GridAttention(nn.Module):
@@ -423,14 +378,14 @@ class GridAttention(nn.Module):
     weight.
     """
 
-    def __init__(self, channels, kernel_size, grid_shape, temperature=30.0):
+    def __init__(self, channels, kernel_size, grid_shape):
         super().__init__()
         width = max(channels // 16, 16)
         self.shape = (kernel_size, kernel_size, *grid_shape)
         self.squeeze = nn.Linear(channels, width, bias=False)
         self.norm = nn.BatchNorm1d(width)
         self.position = nn.Linear(width, math.prod(self.shape))
-        self.register_buffer("temperature", torch.tensor(float(temperature)), persistent=False)
+        self.register_buffer("temperature", torch.tensor(30.0), persistent=False)
         for linear in (self.squeeze, self.position):
             nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.position.bias)
@@ -453,24 +408,22 @@ class DynamicGridConv(GridConv):
         super().__init__(in_channels, *args, **options)
         self.attention = GridAttention(in_channels, self.kernel_size, self.grid_shape)
 
-    def alpha(self, x):
-        return self.attention(x)
-
 
 # --------------------------------------------------------------------------------------------------
 # 4. The grid lifting network (section 3.4, Figure 1)
-
-
-def check_pose(pose, *wanted):
-    """ValueError unless pose is (B, *wanted)."""
-    if tuple(pose.shape[1:]) != wanted:
-        raise ValueError(f"pose: {tuple(pose.shape)}, expected (B, {', '.join(map(str, wanted))})")
 
 
 def grid_layer(conv, channels, dropout):
     """(D-)GridConv, batch norm, ReLU, dropout of whole channels (section 4.2)."""
     return nn.Sequential(OrderedDict(
         conv=conv, norm=nn.BatchNorm2d(channels), relu=nn.ReLU(), dropout=nn.Dropout2d(dropout)))
+
+
+class Residual(nn.Sequential):
+    """x + layers(x)."""
+
+    def forward(self, x):
+        return x + super().forward(x)
 
 
 class GridLiftingNetwork(nn.Module):
@@ -494,36 +447,29 @@ class GridLiftingNetwork(nn.Module):
                  kernel_sizes=(3, (3, 3), 3), padding=("circular", "replicate"), attention="grid",
                  dropout=0.25, in_dim=2, out_dim=3):
         super().__init__()
-        self.num_joints, self.in_dim = num_joints, in_dim
-        self.autogrids = layout if isinstance(layout, AutoGrids) else None
-        if self.autogrids is not None:
-            found, joints = layout.grid_shape, layout.s_prob.shape[1]
+        self.num_joints, self.pose_shape = num_joints, (num_joints, in_dim)
+        self.autogrids, S, found = None, None, grid_shape
+        if isinstance(layout, AutoGrids):
+            self.autogrids, found, joints = layout, layout.grid_shape, layout.s_prob.shape[1]
             if joints != num_joints:
-                raise ValueError(f"layout: an AutoGrids of {joints} joints, expected {num_joints}")
+                raise ValueError(f"layout: an AutoGrids of {joints} joints, not {num_joints}")
         elif layout is not None:
-            self.register_buffer("fixed_assignment", assignment_matrix(layout, num_joints))
+            S = assignment_matrix(layout, num_joints)
             found = (len(layout), len(layout[0]))
-        elif grid_shape is not None:
-            self.register_buffer("fixed_assignment", None)
-            found = grid_shape
-        else:
-            raise ValueError("grid_shape: needed where there is no layout")
+        if found is None or tuple(found) != tuple(grid_shape or found):
+            raise ValueError(f"grid_shape: {grid_shape}, the layout's is {found}")
         self.grid_shape = tuple(found)
-        if tuple(grid_shape or found) != self.grid_shape:
-            raise ValueError(f"grid_shape: {grid_shape}, but the layout is {self.grid_shape}")
-        if attention not in CONVOLUTIONS:
-            raise ValueError(f"attention: unknown {attention!r}, not of {list(CONVOLUTIONS)}")
-
-        def conv(c_in, c_out, kernel_size, bias=True):
-            make = CONVOLUTIONS[attention]
-            return make(c_in, c_out, kernel_size, padding, self.grid_shape, bias)
+        self.register_buffer("fixed_assignment", S)
 
         expand, inner, shrink = kernel_sizes
+        kinds = {"grid": DynamicGridConv, None: GridConv}
+        conv = kinds.get(attention, partial(AttentiveGridConv, attention))
+        conv = partial(conv, padding=padding, grid_shape=self.grid_shape)
         self.expand = grid_layer(conv(in_dim, hidden, expand), hidden, dropout)
-        self.blocks = nn.ModuleList()
+        self.blocks = nn.Sequential()
         for _ in range(blocks):
             layers = (grid_layer(conv(hidden, hidden, size), hidden, dropout) for size in inner)
-            self.blocks.append(nn.Sequential(*layers))
+            self.blocks.append(Residual(*layers))
         self.shrink = conv(hidden, out_dim, shrink, bias=False)  # no bias, as released
 
     @property
@@ -543,49 +489,50 @@ class GridLiftingNetwork(nn.Module):
         """S (H*P, J) of this forward: fixed, or one sample of AutoGrids."""
         return self.fixed_assignment if self.autogrids is None else self.autogrids()
 
-    def coordinates(self, x):
-        """The shrinking layer, features (B, C, H, P) -> (B, 3, H, P); never rounded to bfloat16."""
-        with outside_autocast(x):
-            return self.shrink(x.to(self.shrink.weight.dtype))
-
     def forward_grid(self, grid):
         """The network between SGT and inverse SGT: (B, 2, H, P) -> (B, 3, H, P)."""
-        x = self.expand(grid)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.coordinates(x)
+        x = self.blocks(self.expand(grid))
+        with torch.autocast(x.device.type, enabled=False):  # coordinates are not rounded
+            return self.shrink(x.to(self.shrink.weight.dtype))
 
     def forward(self, pose):
-        check_pose(pose, self.num_joints, self.in_dim)
+        if tuple(pose.shape[1:]) != self.pose_shape:
+            raise ValueError(f"pose: {*pose.shape,}, expected (B, {str(self.pose_shape)[1:]}")
         S = self.assignment()  # the same sample goes in and comes out
         if S is None:
-            raise ValueError("this network has no layout (layout=None): only forward_grid works")
-        grid = self.forward_grid(sgt(pose, S, self.grid_shape))
-        return inverse_sgt(grid, S)  # Eq. 9
+            raise ValueError("layout=None: only forward_grid works")
+        grid = sgt(pose.flatten(0, -3), S, self.grid_shape)  # frames (part 7) are samples in a row
+        return inverse_sgt(self.forward_grid(grid), S)  # Eq. 9
 
 
 # --------------------------------------------------------------------------------------------------
 # 5. The authors' weights
 
-RELEASED_PARTS = {"norm": "batch_norm", "attention.squeeze": "atten_conv.fc",
-                  "attention.norm": "atten_conv.bn", "attention.position": "atten_conv.position_fc"}
+# What the release calls the parts of its layers 1 and 2.
+RELEASED_PARTS = {"norm": "batch_norm{}", "attention.squeeze": "atten_conv{}.fc",
+                  "attention.norm": "atten_conv{}.bn",
+                  "attention.position": "atten_conv{}.position_fc"}
 
 
-def released_views(name, value, branches):
-    """An entry of our state under the names and in the shapes of the release: {name: view}."""
-    if name == "autogrids.s_prob":
-        return {"sgt_layer.sgt_trans_mat": value[None]}
+def released_views(network, branches):
+    """The network's weights under the names and in the shapes of the release: pairs (name,
+    view)."""
+    if network.autogrids is not None:
+        yield "sgt_layer.sgt_trans_mat", network.autogrids.s_prob.data[None]
     # Layers are numbered 1 and 2, in each stage and around all of them.
-    layer = r"(?:expand|(shrink)|blocks\.(\d+)\.(\d+))\.(?:conv\.)?(?:(.+)\.)?(\w+)"
-    last, block, position, part, entry = re.fullmatch(layer, name).groups()
-    stage = f"linear_stages.{block}." if block else ""
-    number = 2 if last or position == "1" else 1
-    if part is None:
-        return {f"{stage}w{number}.{branch}{entry}": view for branch, view in zip(branches, value)}
-    if value.dim() == 2:
-        value = value[..., None, None]  # linear layers are convolutions there
-    module, *inner = RELEASED_PARTS[part].split(".")
-    return {".".join([f"{stage}{module}{number}", *inner, entry]): value}
+    layers = {("", 1): network.expand, ("", 2): network.shrink}
+    for i, block in enumerate(network.blocks):
+        layers[f"linear_stages.{i}.", 1], layers[f"linear_stages.{i}.", 2] = block
+    for (stage, number), layer in layers.items():
+        for name, value in layer.state_dict().items():
+            part, _, entry = name.removeprefix("conv.").rpartition(".")
+            if part:
+                # Linear layers are convolutions there.
+                view = value[..., None, None] if value.dim() == 2 else value
+                yield f"{stage}{RELEASED_PARTS[part].format(number)}.{entry}", view
+            else:
+                for branch, view in zip(branches, value):
+                    yield f"{stage}w{number}.{branch}{entry}", view
 
 
 def from_released(state_dict, padding, grid_shape=(5, 5)):
@@ -599,17 +546,13 @@ def from_released(state_dict, padding, grid_shape=(5, 5)):
     ValueError: weights that are not a released GridConv's or do not fit grid or branches, by
     name.
     """
-    weights = {}
-    for name, value in dict(state_dict or {}).items():
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f"released GridConv: {name} is {value!r}, expected a tensor")
-        weights[re.sub(r"^((module|_orig_mod)\.)+", "", str(name))] = value
-
-    branches = sorted(name[3:-6] for name in weights if re.fullmatch(r"w1\..*weight", name))
+    entries = dict(state_dict or {}).items()
+    weights = {str(name).replace("module.", "").replace("_orig_mod.", ""): value
+               for name, value in entries if isinstance(value, torch.Tensor)}
+    branches = sorted(name[3:-6] for name in weights if name[:3] == "w1." and name[-6:] == "weight")
     if len(branches) != len(padding):
-        raise ValueError(
-            f"released GridConv: weights of {len(branches)} branches, padding {padding}: expected "
-            "w1.branch1_weight and so on, or w1.donut_conv.weight and w1.tablet_conv.weight")
+        raise ValueError(f"released GridConv: weights of {len(branches)} branches "
+                         f"(w1.branch1_weight, w1.donut_conv.weight), padding {padding}")
     first = weights[f"w1.{branches[0]}weight"]
     stages = {name.split(".")[1] for name in weights if name.startswith("linear_stages.")}
     layout = RELEASED_5X5 if tuple(grid_shape) == (5, 5) else None
@@ -617,22 +560,17 @@ def from_released(state_dict, padding, grid_shape=(5, 5)):
         layout = AutoGrids(17, grid_shape, "random")
     network = GridLiftingNetwork(
         17, layout, grid_shape, max(1, first.shape[:1].numel()), len(stages), padding=padding,
-        attention="grid" if "atten_conv1.fc.weight" in weights else None)
+        attention="grid" if "atten_conv1.fc.weight" in weights else None).to((first + 0.0).dtype)
 
-    state = network.to((first + 0.0).dtype).state_dict()
-    state.pop("fixed_assignment", None)
-    views = {}
-    for name, ours in state.items():
-        views |= released_views(name, ours, branches)
-    for theirs, view in views.items():
-        if theirs not in weights and theirs.endswith("num_batches_tracked"):
-            continue  # older releases of torch did not count them
-        found = tuple(weights[theirs].shape) if theirs in weights else "missing"
+    for name, view in released_views(network, branches):
+        if name.endswith("num_batches_tracked"):
+            weights.setdefault(name, view)  # older releases of torch did not count them
+        found = tuple(weights[name].shape) if name in weights else "missing"
         if found != tuple(view.shape):
-            raise ValueError(f"released GridConv: {theirs} is {found}, expected {(*view.shape,)}")
-        view.copy_(weights.pop(theirs))
+            raise ValueError(f"released GridConv: {name} is {found}, expected {*view.shape,}")
+        view.copy_(weights.pop(name))
     if weights:
-        raise ValueError(f"released GridConv: unexpected {min(weights)} ({len(weights)} in all)")
+        raise ValueError(f"released GridConv: unexpected {min(weights)}")
     return network
 
 
@@ -652,6 +590,8 @@ class AttentiveGridConv(GridConv):
 
     def __init__(self, design, in_channels, out_channels, *args, **options):
         super().__init__(in_channels, out_channels, *args, **options)
+        if design not in ("channel", "spatial", "spatial+channel"):
+            raise ValueError(f"attention: unknown {design!r}; see GridLiftingNetwork")
         width = max(out_channels // 16, 16)
         self.channel = self.spatial = None
         if "channel" in design:
@@ -674,11 +614,6 @@ class AttentiveGridConv(GridConv):
             maps = torch.stack([x.mean(1), x.amax(1)], 1)
             x = x * torch.sigmoid(self.spatial(maps))
         return x
-
-
-CONVOLUTIONS = {"grid": DynamicGridConv, None: GridConv}
-for _design in ("channel", "spatial", "spatial+channel"):
-    CONVOLUTIONS[_design] = partial(AttentiveGridConv, _design)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -704,6 +639,14 @@ class TemporalGridConv(nn.Module):
         return sum(conv(x[:, frame]) for frame, conv in enumerate(self.frames))
 
 
+class TemporalResidual(nn.Sequential):
+    """The centre frames of the groups that the first layer reads, plus layers(x)."""
+
+    def forward(self, x):
+        frames = len(self[0].conv.frames)
+        return x[frames // 2::frames] + super().forward(x)
+
+
 class TemporalGridLiftingNetwork(GridLiftingNetwork):
     """Temporal GridConv: poses (B, T, J, 2) about [-1, 1] -> the centre frame's (B, J, 3),
     metres.
@@ -721,40 +664,24 @@ class TemporalGridLiftingNetwork(GridLiftingNetwork):
     product of 1.
     """
 
-    def __init__(self, num_joints=17, layout=HANDCRAFTED_5X5, grid_shape=None,
-                 filter_widths=(3, 3, 3), hidden=512, padding=("circular", "replicate"),
-                 dropout=0.25, in_dim=2, out_dim=3):
-        super().__init__(num_joints, layout, grid_shape, hidden, 0, padding=padding,
-                         dropout=dropout, in_dim=in_dim, out_dim=out_dim)
-        odd = isinstance(filter_widths, (tuple, list)) and all(
-            hasattr(width, "__index__") and width > 0 and width % 2 for width in filter_widths)
+    def __init__(self, num_joints=17, layout=HANDCRAFTED_5X5, filter_widths=(3, 3, 3), hidden=512,
+                 padding=("circular", "replicate"), dropout=0.25):
+        super().__init__(num_joints, layout, None, hidden, 0, padding=padding, dropout=dropout)
+        odd = all(hasattr(T, "__index__") and T > 0 and T % 2 == 1 for T in filter_widths)
         if not odd or math.prod(filter_widths) == 1:
-            raise ValueError(f"filter_widths: {filter_widths!r}, expected odd numbers, not all 1")
-        self.filter_widths, self.receptive_field = tuple(filter_widths), math.prod(filter_widths)
+            raise ValueError(f"filter_widths: {filter_widths!r}, expected odd, not all 1")
+        self.receptive_field = math.prod(filter_widths)
+        self.pose_shape = (self.receptive_field, *self.pose_shape)
 
-        def layer(c_in, frames):
-            conv = TemporalGridConv(c_in, hidden, frames, padding, self.grid_shape)
-            return grid_layer(conv, hidden, dropout)
-
-        self.expand = layer(in_dim, filter_widths[0])
-        blocks = [nn.Sequential(layer(hidden, T), layer(hidden, 1)) for T in filter_widths[1:]]
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward_grid(self, grid):
-        """The network between SGT and inverse SGT: (B * T, 2, H, P) -> (B, 3, H, P)."""
-        x = self.expand(grid)
-        for width, block in zip(self.filter_widths[1:], self.blocks):
-            x = x.unflatten(0, (-1, width))[:, width // 2] + block(x)  # the centre frames
-        return self.coordinates(x)
-
-    def forward(self, pose):
-        check_pose(pose, self.receptive_field, self.num_joints, self.in_dim)
-        return super().forward(pose.flatten(0, 1))
+        conv = partial(TemporalGridConv, padding=padding, grid_shape=self.grid_shape)
+        self.expand = grid_layer(conv(2, hidden, filter_widths[0]), hidden, dropout)
+        for width in filter_widths[1:]:
+            layers = (grid_layer(conv(hidden, hidden, T), hidden, dropout) for T in (width, 1))
+            self.blocks.append(TemporalResidual(*layers))
 
     def scheduled_norms(self):
         """The batch norms whose momentum VideoPose3D's training schedules: all of them."""
-        norms = (nn.BatchNorm1d, nn.BatchNorm2d)
-        return [module for module in self.modules() if isinstance(module, norms)]
+        return [module for module in self.modules() if hasattr(module, "running_mean")]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -770,8 +697,7 @@ def soft_argmax(heatmaps):
     """
     h, w = heatmaps.shape[2:]
     p = heatmaps.flatten(2).softmax(2).unflatten(2, (h, w))
-    centres = torch.arange(max(h, w), device=p.device, dtype=p.dtype) * 2 + 1
-    x, y = (centres[:w] - w) / max(h, w), (centres[:h] - h) / max(h, w)
+    x, y = (torch.arange(1 - size, size, 2).to(p) / max(h, w) for size in (w, h))
     return torch.stack([p.sum(2) @ x, p.sum(3) @ y], 2)
 
 
@@ -790,44 +716,40 @@ def joint_loss(pose_2d, target_2d, pose_3d, target_3d, weight=160.0):
 # 9. The neighbours (A.5): lifting without a grid
 
 
-class Residual(nn.Sequential):
-    """x + layers(x)."""
+class GridlessLifter(nn.Module):
+    """An expanding layer, residual blocks of two layers and a shrinking one, each make(c_in,
+    c_out), with batch norm, ReLU and dropout after all but the last.
 
-    def forward(self, x):
-        return x + super().forward(x)
-
-
-def hidden_layers(make, c_in, hidden, blocks, dropout):
-    """An expanding layer and residual blocks of two: make(c_in, c_out), batch norm, ReLU,
-    dropout."""
-    def layer(width):
-        after = nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(dropout)
-        return nn.Sequential(make(width, hidden), *after)
-
-    return [layer(c_in), *(Residual(layer(hidden), layer(hidden)) for _ in range(blocks))]
-
-
-class FullyConnectedLifter(nn.Module):
-    """The baseline of Martinez et al. 2017: pose (B, J, 2) -> (B, J, 3) by six linear layers, two
-    residual blocks of two.
-
-    Batch norm, ReLU and dropout after every linear layer but the last; without that paper's limit
-    on the weights' norms. With its defaults 4,296,755 parameters. ValueError: a pose of another
-    shape.
+    A layer sees the coordinates of `joints` joints at once: of all, or of each by itself.
     """
 
     receptive_field = 1  # frames
 
-    def __init__(self, num_joints=17, hidden=1024, blocks=2, dropout=0.5, in_dim=2, out_dim=3):
+    def __init__(self, num_joints, make, joints, hidden, blocks, dropout):
         super().__init__()
-        self.num_joints, self.in_dim = num_joints, in_dim
-        self.network = nn.Sequential(
-            nn.Flatten(), *hidden_layers(nn.Linear, num_joints * in_dim, hidden, blocks, dropout),
-            nn.Linear(hidden, num_joints * out_dim), nn.Unflatten(1, (num_joints, out_dim)))
+        self.num_joints = num_joints
+
+        def layer(width):
+            after = nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(dropout)
+            return nn.Sequential(make(width, hidden), *after)
+
+        residuals = (Residual(layer(hidden), layer(hidden)) for _ in range(blocks))
+        self.network = nn.Sequential(layer(2 * joints), *residuals, make(hidden, 3 * joints))
 
     def forward(self, pose):
-        check_pose(pose, self.num_joints, self.in_dim)
         return self.network(pose)
+
+
+class FullyConnectedLifter(GridlessLifter):
+    """The baseline of Martinez et al. 2017: pose (B, J, 2) -> (B, J, 3) by six linear layers, two
+    residual blocks of two.
+
+    Without that paper's limit on the weights' norms. With its defaults 4,296,755 parameters.
+    """
+
+    def __init__(self, num_joints=17, hidden=1024, blocks=2, dropout=0.5):
+        super().__init__(num_joints, nn.Linear, num_joints, hidden, blocks, dropout)
+        self.network = nn.Sequential(nn.Flatten(), *self.network, nn.Unflatten(1, (num_joints, 3)))
 
 
 class GraphConv(nn.Module):
@@ -843,7 +765,7 @@ class GraphConv(nn.Module):
         W = torch.eye(num_joints)
         for i, j in edges:
             if not (0 <= i < num_joints and 0 <= j < num_joints):
-                raise ValueError(f"edges: {(i, j)} names a joint outside 0..{num_joints - 1}")
+                raise ValueError(f"edges: {(i, j)}, not of 0..{num_joints - 1}")
             W[i, j] = W[j, i] = 1
         scale = W.sum(1).rsqrt()
         self.register_buffer("graph", scale[:, None] * W * scale, persistent=False)
@@ -853,23 +775,14 @@ class GraphConv(nn.Module):
         return self.theta(x) @ self.graph  # symmetric, so the same from either side
 
 
-class GraphConvLifter(nn.Module):
+class GraphConvLifter(GridlessLifter):
     """A lifter of graph convolutions, pose (B, J, 2) -> (B, J, 3), as deep as GridLiftingNetwork.
-
-    An expanding layer, residual blocks of two layers, a shrinking one; batch norm, ReLU and dropout
-    after all but the last. ValueError: a pose of another shape, an edge to an unknown joint.
+    ValueError: an edge to an unknown joint.
     """
 
-    receptive_field = 1  # frames
-
-    def __init__(self, num_joints=17, edges=H36M_EDGES, hidden=256, blocks=2, dropout=0.25,
-                 in_dim=2, out_dim=3):
-        super().__init__()
-        self.num_joints, self.in_dim = num_joints, in_dim
+    def __init__(self, num_joints=17, edges=H36M_EDGES, hidden=256, blocks=2, dropout=0.25):
         make = partial(GraphConv, edges=edges, num_joints=num_joints)
-        self.network = nn.Sequential(
-            *hidden_layers(make, in_dim, hidden, blocks, dropout), make(hidden, out_dim))
+        super().__init__(num_joints, make, 1, hidden, blocks, dropout)
 
     def forward(self, pose):
-        check_pose(pose, self.num_joints, self.in_dim)
-        return self.network(pose.transpose(1, 2)).transpose(1, 2)  # (B, C, J) in between
+        return super().forward(pose.transpose(1, 2)).transpose(1, 2)  # (B, C, J) in between
