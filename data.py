@@ -26,6 +26,7 @@ import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle, product, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, is_zipfile
@@ -45,7 +46,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, like all others."""
 
     def error(self, message):
-        raise InputError(f"{self.prog}: {message} (--help shows the options)")
+        raise InputError(f"{self.prog}: {message} (see --help)")
 
 
 def run(main):
@@ -61,7 +62,7 @@ def run(main):
         return main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         message = "not enough memory"
     except OSError as error:
         message = f"{error.filename or 'reading or writing'}: {error.strerror or error}"
@@ -85,17 +86,16 @@ def described(problem, remedy):
     except InputError:
         raise
     except Exception as error:
-        named = re.search(r"GLOBAL \S{1,200}|TorchScript", str(error))  # torch's words, and ours
-        if named:
-            problem += f" ({named[0]} is refused: only numbers, text and arrays are read)"
+        if named := re.search(r"GLOBAL \S{1,200}|TorchScript", str(error)):  # torch's words, ours
+            problem += f" ({named[0]} is refused)"
         raise InputError(f"{problem}; {remedy}") from None
 
 
-def write_atomically(path, write, previous=None):
+def write_atomically(path, write):
     """`write(file)` into a temporary file beside `path`, then renamed: whole or not at all.
 
-    What stood at `path` is renamed to `previous` before, where that is given. Raises InputError
-    where the folder cannot be made or written; whatever stood at `path` then stands there still.
+    Raises InputError where the folder cannot be made or written; whatever stood at `path` then
+    stands there still.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -105,67 +105,47 @@ def write_atomically(path, write, previous=None):
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        if previous and path.exists():
-            os.replace(path, previous)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # torch's writers end a full disk in an error of their own
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        why = cause.strerror or cause
-        raise InputError(f"{path}: cannot be written ({why}); choose another folder") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
     finally:
         with suppress(OSError):  # renamed already, or never made
             temporary.unlink()
 
 
+def write_text(path, text):
+    """A file of text in UTF-8, whole or not at all."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def _existing(path, remedy):
     """The path of a regular file: a pipe waits for its writer, a device never ends."""
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: not found; {remedy}")
-    if not path.is_file() or not os.access(path, os.R_OK):
-        raise InputError(f"{path}: cannot be read: not a regular file that you may read; {remedy}")
+    if not path.is_file():
+        raise InputError(f"{path}: not found, or no regular file; {remedy}")
     return path
-
-
-def _content(path, remedy):
-    try:
-        return _existing(path, remedy).read_bytes()
-    except MemoryError:
-        raise InputError(f"{path}: larger than the memory; name a smaller file") from None
 
 
 def read_json(path, remedy="name a JSON file"):
     """What a JSON file holds, in UTF-8, 16 or 32; InputError where there is none, or other text."""
-    content = _content(path, remedy)
-    try:
+    content = _existing(path, remedy).read_bytes()
+    with described(f"{path}: not JSON", "write it again"):
         return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", 1)
-        raise InputError(f"{path}, line {line}: not JSON; write it again") from None
 
 
 # --------------------------------------------------------------------------------------------------
 # Restricted reading: NumPy's and torch's files may hold pickles, which could run any code.
-# Names are resolved to the stand-ins below; every other name is refused.
+# Names are resolved to READABLE's, every other is refused. A pickle may also hand a state to what
+# it names: classes here take one for their objects alone, and functions have none that counts.
 
-class _StandIn:
-    """What a pickle gets in place of a class or function. Its own state is not to be changed."""
-
-    def __setstate__(self, state):
-        raise pickle.UnpicklingError("it changes what it may not")
-
-
-class _DType(_StandIn):
+class _DType:
     """A NumPy dtype of numbers, strings or objects. NumPy's own would believe any flags and
     fields, and with those read addresses from the file."""
 
     def __init__(self, code, *_):
         self.dtype = np.dtype(code)
         if self.dtype.kind not in "biufcSUO":
-            raise pickle.UnpicklingError("values of another type")
+            raise ValueError("values of another type")
 
     def __setstate__(self, state):
         self.dtype = self.dtype.newbyteorder(state[1])
@@ -181,63 +161,50 @@ class _Array(np.ndarray):
         version, shape, kind, fortran, values = state
         size = 1 if kind.dtype.hasobject else kind.dtype.itemsize
         if len(values) != math.prod(shape) * size:
-            raise pickle.UnpicklingError("an array that holds less or more than it claims")
+            raise ValueError("another size than it claims")
         super().__setstate__((version, shape, kind.dtype, fortran, values))
 
 
-class _Scalar(_StandIn):
+def _scalar(kind, value):
     """A NumPy number."""
-
-    def __new__(cls, kind, value):
-        if isinstance(value, str):  # the bytes of Python 2
-            value = value.encode("latin1")
-        return np.frombuffer(value, kind.dtype)[0]
+    if isinstance(value, str):  # the bytes of Python 2
+        value = value.encode("latin1")
+    return np.frombuffer(value, kind.dtype)[0]
 
 
-class _NoBytes(_StandIn):
-    """Empty bytes; others are written by _codecs.encode."""
-
-    def __new__(cls):
-        return b""
-
-
-class _Dict(_StandIn):
+def _dict(*_):
     """A plain dictionary in place of a defaultdict."""
-
-    def __new__(cls, *_):
-        return {}
+    return {}
 
 
 class _Inert:
     """In place of an object that nobody needs: takes any arguments and state, does nothing."""
 
-    def __init__(self, *_, **__):
+    def __init__(self, *_):
         pass
 
-    def __setstate__(self, state):
-        pass
+    __setstate__ = __init__
 
 
 READABLE = {
     "numpy.ndarray": _Array,
     "numpy.dtype": _DType,
     "numpy.core.multiarray._reconstruct": _Array,  # NumPy 1
-    "numpy.core.multiarray.scalar": _Scalar,
+    "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray._reconstruct": _Array,  # NumPy 2
-    "numpy._core.multiarray.scalar": _Scalar,
-    "collections.defaultdict": _Dict,
+    "numpy._core.multiarray.scalar": _scalar,
+    "collections.defaultdict": _dict,
     "collections.OrderedDict": dict,
     "_codecs.encode": codecs.encode,  # how Python 3 writes bytes with protocol 2
-    "builtins.bytes": _NoBytes,
+    "builtins.bytes": "".encode,  # empty ones
     "builtins.dict": dict,
     "builtins.list": list,
     "builtins.set": set}
-UNREADABLE = "cannot be read: damaged, cut short or of another format"
-TORCH_LEGACY = 0x1950a86a20f9469cfc6c  # what torch.save's files before 1.6 begin with
 # whole objects that stand in the releases' checkpoints beside the weights
-INERT = ("torch.optim.adam.Adam", "numpy.random.__RandomState_ctor",
-         "numpy.random.mtrand.RandomState", "numpy.random._pickle.__randomstate_ctor",
-         "numpy.random._pickle.__bit_generator_ctor", "numpy.random._mt19937.MT19937")
+INERT = {"torch.optim.adam.Adam": _Inert} | {f"numpy.random.{name}": _Inert for name in (
+    "__RandomState_ctor", "mtrand.RandomState", "_pickle.__randomstate_ctor",
+    "_pickle.__bit_generator_ctor", "_mt19937.MT19937")}
+UNREADABLE = "cannot be read: damaged or of another format"
 
 
 class _Unpickler(pickle.Unpickler):
@@ -246,7 +213,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         name = f"{module}.{name}".replace("__builtin__", "builtins")  # Python 2
         if name not in READABLE:
-            raise pickle.UnpicklingError(f"GLOBAL {name}")
+            raise ValueError(f"GLOBAL {name}")
         return READABLE[name]
 
 
@@ -259,12 +226,12 @@ def _unpickle(file):
     start = file.tell()
     for opcode, value, _ in pickletools.genops(file):
         if "PUT" in opcode.name and value > file.tell():
-            raise pickle.UnpicklingError("more objects than bytes")
+            raise ValueError("more objects than bytes")
     file.seek(start)
     return _Unpickler(file, encoding="latin1").load()
 
 
-def _check_zip(path):
+def _check_zip(path, remedy):
     """InputError for a zip file with a damaged member, or one that unpacks to far more than it is.
 
     Motion compresses about 10-fold, zeros 1,000-fold: the bound is 200 times the file's size and
@@ -277,20 +244,16 @@ def _check_zip(path):
                     and not member.external_attr & 16 for member in members)
         size = sum(member.file_size for member in members)
         if not plain or size > 200 * path.stat().st_size + 10 ** 8:
-            raise InputError(f"{path}: packed as NumPy and torch pack nothing; make it again")
-        damaged = archive.testzip()
-    if damaged:
-        raise InputError(f"{path}: {damaged!r} is damaged; fetch or make it again")
+            raise InputError(f"{path}: packed as neither NumPy nor torch do")
+        if damaged := archive.testzip():
+            raise InputError(f"{path}: {damaged!r} is damaged; {remedy}")
 
 
 def _read_npy(file):
     """The array of an open npy file; objects in it are read by the restricted unpickler."""
     np.lib.format.read_magic(file)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype.hasobject:
-        array = _unpickle(file)
-        if not isinstance(array, np.ndarray) or array.shape != shape:
-            raise ValueError("not the array that its header describes")
+    if np.lib.format.read_array_header_1_0(file)[2].hasobject:
+        array = np.asarray(_unpickle(file))
     else:
         file.seek(0)
         array = np.load(file, allow_pickle=False)
@@ -299,27 +262,24 @@ def _read_npy(file):
     return array
 
 
-def read_npz(path, remedy="check the path"):
+def read_npz(path, remedy="fetch or make it again"):
     """{key: array} of a NumPy archive, or of one .npy file, read without running code from it.
 
     Raises InputError where the file is missing, damaged (each member of an archive has a checksum,
     an .npy file has none), unpacks to more than `_check_zip` allows, or names another class.
     """
     path = _existing(path, remedy)
-    with described(f"{path}: {UNREADABLE}", "fetch or make it again"):
+    with described(f"{path}: {UNREADABLE}", remedy):
         if path.suffix.lower() == ".npy":
             with open(path, "rb") as file:
                 return {path.stem: _read_npy(file)}
-        _check_zip(path)
-        arrays = {}
+        _check_zip(path, remedy)
         with ZipFile(path) as archive:
-            for name in archive.namelist():
-                with archive.open(name) as file:
-                    arrays[name.removesuffix(".npy")] = _read_npy(file)
-        return arrays
+            return {name.removesuffix(".npy"): _read_npy(archive.open(name))
+                    for name in archive.namelist()}
 
 
-def read_torch(path, remedy="check the path", inert=False):
+def read_torch(path, remedy="fetch or make it again", inert=False):
     """The object in a `torch.save` file, legacy or zip, on the CPU, without running code from it.
 
     `inert`: objects of the classes INERT (released checkpoints hold whole optimisers) are read as
@@ -327,125 +287,77 @@ def read_torch(path, remedy="check the path", inert=False):
     zip files have checksums, which torch.load does not look at; legacy files have none.
     """
     path = _existing(path, remedy)
-    allowed = [(stand_in, name) for name, stand_in in READABLE.items()]
-    if inert:
-        allowed += [(_Inert, name) for name in INERT]
-    with described(f"{path}: {UNREADABLE}", "fetch or make it again"):
+    allowed = READABLE | INERT if inert else READABLE
+    allowed = [(stand_in, name) for name, stand_in in allowed.items()]
+    with described(f"{path}: {UNREADABLE}", remedy):
         if is_zipfile(path):
-            _check_zip(path)
+            _check_zip(path, remedy)
         else:
-            content = _read_legacy_without_tensors(path)
-            if content is not None:
-                return content
+            # A legacy file is pickles: a number, the version, the machine, the object, a list of
+            # its tensors. GridConv's have none, and byte strings of Python 2, which torch refuses.
+            with suppress(Exception), open(path, "rb") as file:
+                pickles = [_unpickle(file) for _ in range(5)]
+                if pickles[4] == []:
+                    return pickles[3]
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the encoding, for byte strings of Python 2
             return torch.load(path, map_location="cpu", weights_only=True, encoding="latin1")
 
 
-def _read_legacy_without_tensors(path):
-    """What a legacy torch.save file without tensors holds, or None for any other file.
-
-    Such a file is five pickles: a number, the version, the machine, the object, an empty list.
-    GridConv's archives are of this kind: by Python 2, whose long byte strings torch refuses.
-    """
-    with open(path, "rb") as file:
-        try:
-            number, _, _, content, storages = [_unpickle(file) for _ in range(5)]
-        except Exception:  # tensors, or no such file at all: torch will say
-            return None
-    return content if number == TORCH_LEGACY and storages == [] else None
-
-
 # --------------------------------------------------------------------------------------------------
 # Skeletons
 
-@dataclass(frozen=True)
 class Skeleton:
-    """Joint names, left_... and right_... in pairs, and each joint's parent (-1: the root)."""
-    name: str
-    joints: tuple
-    parents: tuple
+    """Joint names, left_... and right_... in pairs, and each joint's parent (-1: the root).
 
-    @property
-    def left(self):
-        """The joints of the left side."""
-        return tuple(j for j, name in enumerate(self.joints) if name.startswith("left_"))
+    root: the joint that poses are relative to. edges: (parent, child) pairs. left: the joints of
+    the left side; right: the joint that each of them mirrors. mirror: for each joint the one that
+    takes its place in the mirrored pose.
+    """
 
-    @property
-    def right(self):
-        """The joint that each of `left` mirrors."""
-        return tuple(self.joints.index("right_" + self.joints[j][5:]) for j in self.left)
-
-    @property
-    def edges(self):
-        """(parent, child) pairs."""
-        return tuple((parent, child) for child, parent in enumerate(self.parents) if parent >= 0)
-
-    @property
-    def root(self):
-        """The joint that poses are relative to."""
-        return self.parents.index(-1)
-
-    @property
-    def mirror(self):
-        """For each joint the one that takes its place in the mirrored pose."""
+    def __init__(self, name, joints, parents):
+        self.name, self.joints, self.parents = name, joints, parents
+        self.root = parents.index(-1)
+        self.edges = tuple((parents[j], j) for j in range(len(joints)) if j != self.root)
+        self.left = tuple(j for j, joint in enumerate(joints) if joint.startswith("left_"))
+        self.right = tuple(joints.index("right_" + joints[j][5:]) for j in self.left)
         swap = dict(zip(self.left + self.right, self.right + self.left))
-        return [swap.get(joint, joint) for joint in range(len(self.joints))]
+        self.mirror = [swap.get(j, j) for j in range(len(joints))]
 
 
 SKELETONS = {name: Skeleton(name, tuple(joints.split()), parents) for name, joints, parents in (
-    ("h36m17", """
-        pelvis right_hip right_knee right_ankle left_hip left_knee left_ankle spine thorax neck head
-        left_shoulder left_elbow left_wrist right_shoulder right_elbow right_wrist""",
-        (-1, 0, 1, 2, 0, 4, 5, 0, 7, 8, 9, 8, 11, 12, 8, 14, 15)),
-    ("h36m32", """
-        pelvis right_hip right_knee right_ankle right_toe right_toe_tip left_hip left_knee
+    ("h36m17", """pelvis right_hip right_knee right_ankle left_hip left_knee left_ankle spine thorax
+        neck head left_shoulder left_elbow left_wrist right_shoulder right_elbow right_wrist""",
+     (-1, 0, 1, 2, 0, 4, 5, 0, 7, 8, 9, 8, 11, 12, 8, 14, 15)),
+    ("h36m32", """pelvis right_hip right_knee right_ankle right_toe right_toe_tip left_hip left_knee
         left_ankle left_toe left_toe_tip spine_base spine thorax neck head left_collar left_shoulder
         left_elbow left_wrist left_thumb left_thumb_tip left_hand left_hand_tip right_collar
         right_shoulder right_elbow right_wrist right_thumb right_thumb_tip right_hand
-        right_hand_tip""",
-        (-1, 0, 1, 2, 3, 4, 0, 6, 7, 8, 9, 0, 11, 12, 13, 14, 12, 16, 17, 18, 19, 20, 19, 22, 12,
-         24, 25, 26, 27, 28, 27, 30)),
-    ("humaneva15", """
-        pelvis thorax left_shoulder left_elbow left_wrist right_shoulder right_elbow right_wrist
-        left_hip left_knee left_ankle right_hip right_knee right_ankle head""",
-        (-1, 0, 1, 2, 3, 1, 5, 6, 0, 8, 9, 0, 11, 12, 1)),
-    ("3dhp17", """
-        head_top neck right_shoulder right_elbow right_wrist left_shoulder left_elbow left_wrist
-        right_hip right_knee right_ankle left_hip left_knee left_ankle pelvis spine
-        head""",
-        (16, 15, 1, 2, 3, 1, 5, 6, 14, 8, 9, 14, 11, 12, -1, 14, 1)),
-    ("coco17", """
-        nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow
+        right_hand_tip""", (-1, 0, 1, 2, 3, 4, 0, 6, 7, 8, 9, 0, 11, 12, 13, 14, 12, 16, 17, 18, 19,
+                            20, 19, 22, 12, 24, 25, 26, 27, 28, 27, 30)),
+    ("humaneva15", """pelvis thorax left_shoulder left_elbow left_wrist right_shoulder right_elbow
+        right_wrist left_hip left_knee left_ankle right_hip right_knee right_ankle head""",
+     (-1, 0, 1, 2, 3, 1, 5, 6, 0, 8, 9, 0, 11, 12, 1)),
+    ("3dhp17", """head_top neck right_shoulder right_elbow right_wrist left_shoulder left_elbow
+        left_wrist right_hip right_knee right_ankle left_hip left_knee left_ankle pelvis spine
+        head""", (16, 15, 1, 2, 3, 1, 5, 6, 14, 8, 9, 14, 11, 12, -1, 14, 1)),
+    ("coco17", """nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow
         right_elbow left_wrist right_wrist left_hip right_hip left_knee right_knee left_ankle
-        right_ankle""",
-        (-1, 0, 0, 1, 2, 0, 0, 5, 6, 7, 8, 5, 6, 11, 12, 13, 14)))}
+        right_ankle""", (-1, 0, 0, 1, 2, 0, 0, 5, 6, 7, 8, 5, 6, 11, 12, 13, 14)))}
 H36M_17_OF_32 = (0, 1, 2, 3, 6, 7, 8, 12, 13, 14, 15, 17, 18, 19, 25, 26, 27)
+HUMANEVA_OF_COCO = np.array((  # (15, 2): the mean of two joints, or one
+    (11, 5, 5, 7, 9, 6, 8, 10, 11, 13, 15, 12, 14, 16, 0),
+    (12, 6, 5, 7, 9, 6, 8, 10, 11, 13, 15, 12, 14, 16, 0))).T
 H36M_17_OF_3DHP = (14, 8, 9, 10, 11, 12, 13, 15, 1, 16, 0, 5, 6, 7, 2, 3, 4)  # neck: 3DHP's head
 
 
-def flip(pose, skeleton):
-    """The mirrored pose (..., J, 2|3), numpy or torch: x negated, left and right joints swapped."""
-    if torch.is_tensor(pose):
-        joints = pose.unbind(-2)  # no index goes to the device
-        pose = torch.stack([joints[joint] for joint in skeleton.mirror], -2)
-        return torch.cat((-pose[..., :1], pose[..., 1:]), -1)
-    pose = pose[..., skeleton.mirror, :]
-    return np.concatenate((-pose[..., :1], pose[..., 1:]), -1)
-
-
 # --------------------------------------------------------------------------------------------------
-# Cameras: the public calibration of Human3.6M and HumanEva-I
-
-def _float32(values):
-    """float64 values of figures that are float32, printed with as many digits as name one."""
-    return np.array(values, np.float32).astype(np.float64)
-
+# Cameras: the public calibration of Human3.6M, float32 figures printed with as many digits as name
+# one, and of HumanEva-I
 
 H36M_CAMERAS = ("54138969", "55011271", "58860488", "60457274")
 H36M_SIZES = ((1000, 1002), (1000, 1000), (1000, 1000), (1000, 1002))
-H36M_FPS = 50.0
-H36M_INTRINSICS = _float32((  # fx fy cx cy in pixels, radial k1 k2 k3, tangential p1 p2
+H36M_INTRINSICS = np.float32((  # fx fy cx cy in pixels, radial k1 k2 k3, tangential p1 p2
     (1145.0494, 1143.7811, 512.5415, 515.4515,
      -0.20709892, 0.24777518, -0.0030751503, -0.0009756989, -0.0014244716),
     (1149.6757, 1147.5917, 508.84863, 508.0649,
@@ -453,54 +365,53 @@ H36M_INTRINSICS = _float32((  # fx fy cx cy in pixels, radial k1 k2 k3, tangenti
     (1149.1407, 1148.799, 519.81586, 501.40265,
      -0.20833819, 0.255488, -0.0024604974, 0.001484387, -0.0007599993),
     (1145.5114, 1144.7739, 514.9682, 501.88202,
-     -0.19838409, 0.21832368, -0.008947807, -0.0005872056, -0.001813362)))
-# (4 cameras, 7): camera-to-world quaternion w x y z, the camera's position: mm here, kept in metres
+     -0.19838409, 0.21832368, -0.008947807, -0.0005872056, -0.001813362))).astype(float)
+# of each subject (4 cameras, 7): camera-to-world quaternion w x y z, the camera's position: mm
+# here, kept in metres
 MILLIMETRES = np.array((1, 1, 1, 1, 1000, 1000, 1000))
-H36M_EXTRINSICS = {subject: _float32(rig) / MILLIMETRES for subject, rig in {
-    "S1": ((0.14070565, -0.15007018, -0.7552408, 0.62232804, 1841.107, 4955.2847, 1563.4454),
-           (0.6157188, -0.7648363, -0.14833826, 0.11794741, 1761.2786, -5078.007, 1606.265),
-           (0.14651473, -0.14647852, 0.76530236, -0.60941756, -1846.7777, 5215.0464, 1491.9724),
-           (0.58340085, -0.7853162, 0.14548823, -0.14749594, -1794.7897, -3722.699, 1574.8927)),
-    "S5": ((0.14673772, -0.16237096, -0.7551893, 0.6178939, 2097.3916, 4880.945, 1605.7324),
-           (0.61597586, -0.7626792, -0.15728192, 0.1189815, 2031.7008, -5167.933, 1612.9231),
-           (0.14291371, -0.12907842, 0.7678385, -0.6110143, -1620.5948, 5171.6587, 1496.437),
-           (0.592048, -0.7814218, 0.12747486, -0.15036418, -1637.1737, -3867.3174, 1547.0332)),
-    "S6": ((0.13378978, -0.15692396, -0.75710905, 0.61988795, 1935.4518, 4950.2456, 1618.0839),
-           (0.61471975, -0.7628813, -0.16174768, 0.11819245, 1969.804, -5128.739, 1632.7788),
-           (0.15299481, -0.13529131, 0.76460963, -0.6112781, -1769.5964, 5185.3613, 1476.9934),
-           (0.59161013, -0.7804774, 0.1283227, -0.15615939, -1721.6687, -3884.1313, 1540.4879)),
-    "S7": ((0.14352418, -0.16313368, -0.75483286, 0.6188825, 1974.513, 4926.3545, 1597.8326),
-           (0.6141673, -0.76382625, -0.15966456, 0.117792994, 1937.0585, -5119.79, 1631.5665),
-           (0.1455006, -0.12874816, 0.76605165, -0.61271393, -1741.8112, 5208.2495, 1464.8246),
-           (0.5912848, -0.78217643, 0.12445474, -0.15196487, -1734.7106, -3832.4214, 1548.583)),
-    "S8": ((0.14110588, -0.15589868, -0.75619173, 0.61964405, 2150.6519, 4896.161, 1611.9047),
-           (0.61696017, -0.7647668, -0.1484635, 0.11158158, 2219.9656, -5148.453, 1613.0441),
-           (0.1471444, -0.1337712, 0.76701283, -0.61003697, -1571.2216, 5137.0186, 1498.1761),
-           (0.59278244, -0.78258705, 0.12147816, -0.14631996, -1476.9133, -3896.7412, 1547.9722)),
-    "S9": ((0.15540588, -0.15548216, -0.75320953, 0.6199595, 2044.4585, 4935.117, 1481.2275),
-           (0.6187845, -0.7634735, -0.14132239, 0.11933968, 1990.9597, -5123.8105, 1568.8048),
-           (0.13357827, -0.13671005, 0.76894546, -0.61007386, -1670.9922, 5211.986, 1528.388),
-           (0.5879399, -0.7823407, 0.14276144, -0.1479487, -1696.0435, -3827.0999, 1591.4127)),
-    "S11": ((0.15232472, -0.1544232, -0.75475633, 0.619107, 2098.4402, 4926.5547, 1500.2786),
-           (0.61894494, -0.7600917, -0.15300633, 0.12552583, 2083.1824, -4912.173, 1561.0786),
-           (0.14943229, -0.15650228, 0.7681234, -0.60263044, -1609.8153, 5177.336, 1537.8967),
-           (0.58942515, -0.7818877, 0.13991211, -0.14715362, -1590.738, -3854.169, 1578.0176))
-}.items()}
+H36M_EXTRINSICS = dict(zip(("S1", "S5", "S6", "S7", "S8", "S9", "S11"), np.float32((
+    0.14070565, -0.15007018, -0.7552408, 0.62232804, 1841.107, 4955.2847, 1563.4454,  # S1
+    0.6157188, -0.7648363, -0.14833826, 0.11794741, 1761.2786, -5078.007, 1606.265,
+    0.14651473, -0.14647852, 0.76530236, -0.60941756, -1846.7777, 5215.0464, 1491.9724,
+    0.58340085, -0.7853162, 0.14548823, -0.14749594, -1794.7897, -3722.699, 1574.8927,
+    0.14673772, -0.16237096, -0.7551893, 0.6178939, 2097.3916, 4880.945, 1605.7324,  # S5
+    0.61597586, -0.7626792, -0.15728192, 0.1189815, 2031.7008, -5167.933, 1612.9231,
+    0.14291371, -0.12907842, 0.7678385, -0.6110143, -1620.5948, 5171.6587, 1496.437,
+    0.592048, -0.7814218, 0.12747486, -0.15036418, -1637.1737, -3867.3174, 1547.0332,
+    0.13378978, -0.15692396, -0.75710905, 0.61988795, 1935.4518, 4950.2456, 1618.0839,  # S6
+    0.61471975, -0.7628813, -0.16174768, 0.11819245, 1969.804, -5128.739, 1632.7788,
+    0.15299481, -0.13529131, 0.76460963, -0.6112781, -1769.5964, 5185.3613, 1476.9934,
+    0.59161013, -0.7804774, 0.1283227, -0.15615939, -1721.6687, -3884.1313, 1540.4879,
+    0.14352418, -0.16313368, -0.75483286, 0.6188825, 1974.513, 4926.3545, 1597.8326,  # S7
+    0.6141673, -0.76382625, -0.15966456, 0.117792994, 1937.0585, -5119.79, 1631.5665,
+    0.1455006, -0.12874816, 0.76605165, -0.61271393, -1741.8112, 5208.2495, 1464.8246,
+    0.5912848, -0.78217643, 0.12445474, -0.15196487, -1734.7106, -3832.4214, 1548.583,
+    0.14110588, -0.15589868, -0.75619173, 0.61964405, 2150.6519, 4896.161, 1611.9047,  # S8
+    0.61696017, -0.7647668, -0.1484635, 0.11158158, 2219.9656, -5148.453, 1613.0441,
+    0.1471444, -0.1337712, 0.76701283, -0.61003697, -1571.2216, 5137.0186, 1498.1761,
+    0.59278244, -0.78258705, 0.12147816, -0.14631996, -1476.9133, -3896.7412, 1547.9722,
+    0.15540588, -0.15548216, -0.75320953, 0.6199595, 2044.4585, 4935.117, 1481.2275,  # S9
+    0.6187845, -0.7634735, -0.14132239, 0.11933968, 1990.9597, -5123.8105, 1568.8048,
+    0.13357827, -0.13671005, 0.76894546, -0.61007386, -1670.9922, 5211.986, 1528.388,
+    0.5879399, -0.7823407, 0.14276144, -0.1479487, -1696.0435, -3827.0999, 1591.4127,
+    0.15232472, -0.1544232, -0.75475633, 0.619107, 2098.4402, 4926.5547, 1500.2786,  # S11
+    0.61894494, -0.7600917, -0.15300633, 0.12552583, 2083.1824, -4912.173, 1561.0786,
+    0.14943229, -0.15650228, 0.7681234, -0.60263044, -1609.8153, 5177.336, 1537.8967,
+    0.58942515, -0.7818877, 0.13991211, -0.14715362, -1590.738, -3854.169, 1578.0176,
+)).reshape(7, 4, 7) / MILLIMETRES))
 
 HUMANEVA_CAMERAS = ("C1", "C2", "C3")
-HUMANEVA_SIZE = (640, 480)
-HUMANEVA_FPS = 60.0
-HUMANEVA_EXTRINSICS = {subject: np.array(rig) / MILLIMETRES for subject, rig in {
-    "S1": ((0.424207, -0.4983646, -0.5802981, 0.4847012, 4062.227, 663.2477, 1528.397),
-           (0.6503354, -0.7481602, -0.0919284, 0.0941766, 844.8131, -3805.2092, 1504.9929),
-           (0.0664734, -0.0690535, 0.7416416, -0.6639132, -797.67377, 3916.3174, 1433.6602)),
-    "S2": ((0.4214752, -0.4961493, -0.5838273, 0.4851187, 4112.9121, 626.4929, 1545.2988),
-           (0.6501393, -0.7476588, -0.0954617, 0.0959808, 923.574, -3877.9243, 1504.5518),
-           (0.0699353, -0.0712403, 0.7421637, -0.662742, -781.4915, 3838.8853, 1444.9929)),
-    "S3": ((0.424207, -0.4983646, -0.5802981, 0.4847012, 4062.2271, 663.2477, 1528.397),
-           (0.6503354, -0.7481602, -0.0919284, 0.0941766, 844.8131, -3805.2092, 1504.9929),
-           (0.0664734, -0.0690535, 0.7416416, -0.6639132, -797.6738, 3916.3174, 1433.6602))
-}.items()}
+HUMANEVA_EXTRINSICS = dict(zip(("S1", "S2", "S3"), np.array((
+    0.424207, -0.4983646, -0.5802981, 0.4847012, 4062.227, 663.2477, 1528.397,  # S1
+    0.6503354, -0.7481602, -0.0919284, 0.0941766, 844.8131, -3805.2092, 1504.9929,
+    0.0664734, -0.0690535, 0.7416416, -0.6639132, -797.67377, 3916.3174, 1433.6602,
+    0.4214752, -0.4961493, -0.5838273, 0.4851187, 4112.9121, 626.4929, 1545.2988,  # S2
+    0.6501393, -0.7476588, -0.0954617, 0.0959808, 923.574, -3877.9243, 1504.5518,
+    0.0699353, -0.0712403, 0.7421637, -0.662742, -781.4915, 3838.8853, 1444.9929,
+    0.424207, -0.4983646, -0.5802981, 0.4847012, 4062.2271, 663.2477, 1528.397,  # S3
+    0.6503354, -0.7481602, -0.0919284, 0.0941766, 844.8131, -3805.2092, 1504.9929,
+    0.0664734, -0.0690535, 0.7416416, -0.6639132, -797.6738, 3916.3174, 1433.6602,
+)).reshape(3, 3, 7) / MILLIMETRES))
 UNKNOWN_INTRINSICS = np.full(9, np.nan)  # HumanEva-I's and 3DHP's are not in their files
 
 
@@ -510,8 +421,7 @@ def project(points, intrinsics):
     `intrinsics` (9,): fx fy cx cy k1 k2 k3 p1 p2; the result is in the units of fx, fy, cx, cy
     (pixels, or screen units). As in the field's preparation, X/Z and Y/Z are clamped to [-1, 1].
     """
-    focal, centre, radial, tangential = np.split(np.asarray(intrinsics), (2, 4, 7))
-    k1, k2, k3 = radial
+    focal, centre, k1, k2, k3, tangential = np.split(np.asarray(intrinsics), (2, 4, 5, 6, 7))
     xy = np.clip(points[..., :2] / points[..., 2:], -1, 1)
     r2 = (xy ** 2).sum(-1, keepdims=True)
     distortion = 1 + r2 * (k1 + r2 * (k2 + r2 * k3)) + (tangential * xy).sum(-1, keepdims=True)
@@ -520,7 +430,7 @@ def project(points, intrinsics):
 
 def _rotation(quaternion):
     """The matrix (3, 3) of a quaternion w x y z."""
-    w, x, y, z = quaternion / np.linalg.norm(quaternion)
+    w, x, y, z = np.asarray(quaternion) / np.linalg.norm(quaternion)
     return np.array([
         [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
         [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
@@ -532,26 +442,22 @@ def world_to_camera(points, extrinsics):
 
     `extrinsics` (7,): camera-to-world quaternion w x y z, position t.
     """
-    extrinsics = np.asarray(extrinsics, np.float64)
-    return (points - extrinsics[4:]) @ _rotation(extrinsics[:4])
+    return (points - np.asarray(extrinsics[4:])) @ _rotation(extrinsics[:4])
 
 
 def camera_to_world(points, extrinsics):
     """R X + t for camera-space points (..., 3): the inverse of `world_to_camera`."""
-    extrinsics = np.asarray(extrinsics, np.float64)
-    return points @ _rotation(extrinsics[:4]).T + extrinsics[4:]
+    return points @ _rotation(extrinsics[:4]).T + np.asarray(extrinsics[4:])
 
 
 def _screen(size, rule):
     """(centre x, centre y, scale) of a rule: normalised = (pixels - centre) / scale."""
-    width, height = float(size[0]), float(size[1])
     if rule == "release-500":
         return 500.0, 500.0, 500.0
-    if rule == "width":
-        return width / 2, height / 2, width / 2
-    if rule == "longest":
-        return width / 2, height / 2, max(width, height) / 2
-    raise InputError(f"normalise: unknown rule {rule!r}; known: release-500, width, longest")
+    sides = {"width": size[0], "longest": max(size)}
+    if rule not in sides:
+        raise InputError(f"normalise: unknown rule {rule!r}; known: release-500, width, longest")
+    return size[0] / 2, size[1] / 2, sides[rule] / 2
 
 
 def normalise(pose_2d, size, rule):
@@ -573,9 +479,8 @@ def fitting_rule(rule, sizes):
     `release-500` is for Human3.6M's 1000 x 1000: about the centre, in half sides. For images of
     other sizes that is `longest`.
     """
-    if all(999 < side < 1003 for size in sizes for side in size):
-        return rule
-    return "longest" if rule == "release-500" else rule
+    human36m = all(999 < side < 1003 for size in sizes for side in size)
+    return "longest" if rule == "release-500" and not human36m else rule
 
 
 # --------------------------------------------------------------------------------------------------
@@ -608,36 +513,41 @@ class Sequence:
 def check_finite(array, where):
     """InputError that names the first frame of `array` (T, ...) with a value that is no float32."""
     finite = np.abs(array) <= np.finfo(np.float32).max  # NaN is not
-    frames = finite.all(tuple(range(1, array.ndim)))
-    if not frames.all():
-        raise InputError(f"{where}, frame {int(np.argmin(frames))}: NaN or infinite in float32")
+    if not finite.all():
+        raise InputError(f"{where}, frame {np.argwhere(~finite)[0, 0]}: NaN or infinite in float32")
 
 
-def check_poses(value, where, channels):
-    """`value` as an array of finite numbers (frames, joints, one of `channels`), or InputError."""
-    try:
+def check_poses(value, where, dims):
+    """`value` as an array of finite numbers (frames, joints, dims), or InputError.
+
+    2D may come with a confidence, which is cut off.
+    """
+    where = f"{where}, {dims}D"
+    with described(f"{where}: joints or frames of unequal length", "make it again"):
         array = np.asarray(value)
-    except ValueError:  # lists of unequal length
-        array = np.array(None)
-    if array.size == 0:
-        raise InputError(f"{where}: no frames or joints; remove it")
-    if array.dtype.kind not in "fiu" or array.ndim != 3 or array.shape[2] not in channels:
-        expected = f"numbers (frames, joints, {' or '.join(map(str, channels))})"
-        raise InputError(f"{where}: shape {array.shape}, expected {expected}")
-    check_finite(array, where)
-    return array
+    numbers = array.dtype.kind in "fiu" and array.size
+    if not numbers or array.ndim != 3 or not dims <= array.shape[2] <= 3:
+        raise InputError(f"{where}: no frames of numbers (joints, {dims}); shape {array.shape}")
+    check_finite(array[..., :dims], where)
+    return array[..., :dims]
 
 
 def _sequence(where, pose_2d, points, intrinsics, root_joint=0, **fields):
     """A Sequence from checked 2D (T, J, 2) pixels and camera-space points (T, J, 3) metres."""
-    if pose_2d.shape[:2] != points.shape[:2]:
-        (found, found_joints), (frames, joints) = pose_2d.shape[:2], points.shape[:2]
-        raise InputError(f"{where}: 2D has {found} frames, 3D has {frames}; "
-                         f"2D has {found_joints} joints, 3D has {joints}")
+    image, space = pose_2d.shape[:2], points.shape[:2]
+    if image != space:
+        raise InputError(f"{where}: frames and joints are {image} in 2D, {space} in 3D")
     root = points[:, root_joint]
     return Sequence(
-        pose_2d=pose_2d.astype(np.float32), pose_3d=(points - root[:, None]).astype(np.float32),
-        root=root.astype(np.float32), intrinsics=np.asarray(intrinsics, np.float32), **fields)
+        pose_2d=np.float32(pose_2d), pose_3d=np.float32(points - root[:, None]),
+        root=np.float32(root), intrinsics=np.float32(intrinsics), **fields)
+
+
+def _check_joints(sequences, skeleton, where):
+    """InputError where there are no sequences, or some of other joints than the skeleton's."""
+    joints = {s.pose_2d.shape[1] for s in sequences}
+    if joints != {len(skeleton.joints)}:
+        raise InputError(f"{where}: no sequences of {skeleton.name}; joints: {sorted(joints)}")
 
 
 class FrameStore:
@@ -647,45 +557,37 @@ class FrameStore:
     metres; target (N, J, 3): pose_3d for target="camera"; for "uvd" the normalised pinhole
     projection u, v and the root-relative depth in metres (GridConv's rows marked with a section
     sign). sequence (N,) each frame's sequence, first and last (N,) the bounds of that sequence,
-    root (N, 3), valid (N,) bool, intrinsics (S, 9), sizes (S, 2).
+    root (N, 3), valid (N,) bool, intrinsics (S, 9); on the CPU sizes (S, 2).
     cameras="random" (see `random_cameras`), `noise` and `missing` (see `detect`) are drawn anew by
     `redraw`. swap_sides exchanges the left and right joints of the input alone (GLA-GCN's Table 6,
     row 4).
-    Raises InputError for an empty list, a wrong number of joints, an unknown rule or target, "uvd"
+    Raises InputError for an empty list, a wrong number of joints, an unknown rule, "uvd"
     without cameras, or random cameras without the recorded ones' extrinsics.
     """
 
     def __init__(self, sequences, rule, skeleton, device="cpu", target="camera",
                  cameras="recorded", noise=0.0, missing=0.0, swap_sides=False):
-        if not sequences:
-            raise InputError("frame store: no sequences; choose other subjects, actions or split")
-        for s in sequences:
-            if s.pose_2d.shape[1] != len(skeleton.joints):
-                raise InputError(f"{s.subject} {s.action}: its joints are not {skeleton.name}'s")
-        if target not in ("camera", "uvd"):
-            raise InputError(f"frame store: unknown target {target!r}; known: camera, uvd")
+        _check_joints(sequences, skeleton, "frame store")
         self.sequences, self.skeleton, self.rule = list(sequences), skeleton, rule
         self.noise, self.missing, self.swap_sides = noise, missing, swap_sides
         self.uvd = target == "uvd"
 
         lengths = torch.tensor([len(s.pose_2d) for s in sequences])
         ends = lengths.cumsum(0)
-        self.sequence = torch.arange(len(sequences)).repeat_interleave(lengths).to(device)
-        self.first = (ends - lengths).repeat_interleave(lengths).to(device)
-        self.last = (ends - 1).repeat_interleave(lengths).to(device)
+        of_each = torch.stack((torch.arange(len(lengths)), ends - lengths, ends - 1))
+        self.sequence, self.first, self.last = of_each.repeat_interleave(lengths, 1).to(device)
         valid = [np.ones(len(s.pose_2d), bool) if s.valid is None else s.valid for s in sequences]
         self.valid = torch.from_numpy(np.concatenate(valid)).to(device)
 
-        self.input = _joined([normalise(s.pose_2d, s.size, rule) for s in sequences], device)
+        self._clean = _joined([normalise(s.pose_2d, s.size, rule) for s in sequences], device)
         self.pose_3d = _joined([s.pose_3d for s in sequences], device)
         self.root = _joined([s.root for s in sequences], device)
         self.intrinsics = _joined([s.intrinsics[None] for s in sequences], device)
-        self._set_sizes([s.size for s in sequences])
+        self.sizes = torch.tensor([s.size for s in sequences])
         self._mirror = torch.tensor(skeleton.mirror, device=device)
         self._sign = torch.tensor([-1.0, 1.0, 1.0], device=device)
 
-        self.target = self._to_uvd() if self.uvd else self.pose_3d
-        self._clean, self._world = self.input, None
+        self._world = None
         if cameras == "random":
             self._world = _joined([upright(s) for s in sequences], device)
         if cameras == "random" or noise or missing:  # a figure measured on it is called so
@@ -704,14 +606,15 @@ class FrameStore:
         """
         generator = torch.Generator().manual_seed(draw)  # on the CPU: the same on every device
         if self._world is not None:
-            points, self.intrinsics, sizes = random_cameras(
+            points, self.intrinsics, self.sizes = random_cameras(
                 self._world, self.sequence, len(self.sequences), generator)
-            self._set_sizes(sizes.tolist())
             self.root = points[:, self.skeleton.root]
             self.pose_3d = points - self.root[:, None]
-            uvd = self._to_uvd()
-            self._clean = uvd[..., :2].contiguous()
-            self.target = uvd if self.uvd else self.pose_3d
+        screens = [_screen(size, self.rule) for size in self.sizes.tolist()]
+        self._screen = self.pose_3d.new_tensor(screens)
+        if self._world is not None:
+            self._clean = self._to_uvd()[..., :2].contiguous()
+        self.target = self._to_uvd() if self.uvd else self.pose_3d
         self.input = self._clean
         if self.noise or self.missing:
             self.input = detect(self._clean, self.first, self.last, self.noise, self.missing,
@@ -719,17 +622,11 @@ class FrameStore:
         if self.swap_sides:
             self.input = self.input.index_select(1, self._mirror)
 
-    def _set_sizes(self, sizes):
-        self.sizes = torch.tensor(sizes, device=self.input.device)
-        screen = self.input.new_tensor([_screen(size, self.rule) for size in sizes])
-        self._centre, self._scale = screen[:, :2], screen[:, 2:]
-
     def _view(self, index):
         """Each frame's focal length, optical centre, and normalisation, (n, 1, 1|2)."""
         sequence = self.sequence[index]
-        intrinsics = self.intrinsics[sequence, None]
-        centre, scale = self._centre[sequence, None], self._scale[sequence, None]
-        return intrinsics[..., :2], intrinsics[..., 2:4], centre, scale
+        intrinsics, screen = self.intrinsics[sequence, None], self._screen[sequence, None]
+        return intrinsics[..., :2], intrinsics[..., 2:4], screen[..., :2], screen[..., 2:]
 
     def normalised_intrinsics(self, index):
         """The intrinsics (n, 9) of frames `index` in the units of `input`."""
@@ -738,9 +635,8 @@ class FrameStore:
         return torch.cat((pinhole, self.intrinsics[self.sequence[index], 4:]), -1)
 
     def _to_uvd(self):
-        for s in self.sequences:
-            if not np.isfinite(s.intrinsics).all():
-                raise InputError(f"{s.subject} {s.action}: uvd needs the camera's intrinsics")
+        if not self.intrinsics.isfinite().all():
+            raise InputError("frame store: uvd needs every camera's intrinsics")
         focal, optical, centre, scale = self._view(slice(None))
         points = self.pose_3d + self.root[:, None]
         pixels = focal * points[..., :2] / points[..., 2:] + optical
@@ -779,12 +675,15 @@ class FrameStore:
         target = _gather(self.target, window if all_targets else index)
         if flip is None:
             return pose, target
-        return self._mirrored(pose, flip), self._mirrored(target, flip)
+        return self._mirrored_where(flip, pose), self._mirrored_where(flip, target)
 
-    def _mirrored(self, pose, flip):
+    def mirrored(self, pose):
+        """Poses (..., J, 2|3) with x negated, left and right joints exchanged."""
+        return pose.index_select(-2, self._mirror) * self._sign[:pose.shape[-1]]
+
+    def _mirrored_where(self, flip, pose):
         flip = flip.view(-1, *[1] * (pose.ndim - 1))
-        mirrored = pose.index_select(-2, self._mirror) * self._sign[:pose.shape[-1]]
-        return torch.where(flip, mirrored, pose)
+        return torch.where(flip, self.mirrored(pose), pose)
 
 
 def _joined(arrays, device):
@@ -811,7 +710,6 @@ CAMERA_RANGES = {  # what `random_cameras` draws for each sequence, evenly betwe
     "aside": (-0.25, 0.25),  # where in it the root's mean position is: 0 its centre, 1 its edge
     "below": (-0.25, 0.25)}
 LONGEST_SIDE = 1000  # pixels
-NEAREST = 1.0  # metres
 OUTLIERS, OUTLIER_SCALE = 0.02, 10.0  # fraction of the joints, times the noise
 GAP = 10  # frames, the mean
 
@@ -853,9 +751,9 @@ def random_cameras(world, sequence, count, generator):
     points = (world[..., None, :] * rotation[sequence, None]).sum(-1)
     xy, z = points[..., :2], points[..., 2:]
     edge, aim = edge.to(world)[sequence, None], place[sequence, None, :2]
-    # |xy + distance aim| <= edge (z + distance), solved for the distance
+    # |xy + distance aim| <= edge (z + distance) and 1 <= z + distance, solved for the distance
     right, left = (xy - edge * z) / (edge - aim), (-xy - edge * z) / (edge + aim)
-    least = torch.cat((right, left, NEAREST - z), -1).amax((1, 2))
+    least = torch.cat((right, left, 1 - z), -1).amax((1, 2))
     distance = world.new_zeros(count).scatter_reduce(0, sequence, least, "amax")
     return points + (distance[:, None] * place)[sequence, None], intrinsics, sizes.long()
 
@@ -893,96 +791,47 @@ def detect(pose_2d, first, last, noise, missing, generator):
 # --------------------------------------------------------------------------------------------------
 # BVH motion capture
 
-@dataclass
-class Joint:
-    """A joint of a BVH file; parent -1: a ROOT. Channels are (axis, "rotation" or "position")."""
-    name: str
-    parent: int
-    offset: tuple = (0.0, 0.0, 0.0)
-    channels: tuple = ()
+CHANNELS = {(axis + kind).upper(): (axis, kind)
+            for axis, kind in product("XYZ", ("position", "rotation"))}
 
 
-# several statements may share a line
-_STATEMENTS = re.compile(r"(?=[{}])|(?<=[{}])|(?=\bOFFSET\b|\bCHANNELS\b)", re.I)
+def _read_hierarchy(text, path):
+    """(the joints of a BVH header, the text after its MOTION).
 
-
-def _read_hierarchy(lines, path):
-    """The joints of a BVH header; `lines` an iterator of (number, text), left after MOTION."""
-    joints, opened = [], []
-    for number, line in lines:
-        for statement in _STATEMENTS.split(line):
-            words = statement.split() or [""]
-            if words[0].upper() == "MOTION" and joints and not opened:
-                return joints
-            try:
-                _add_statement(words[0].upper(), words[1:], joints, opened)
-            except (ValueError, IndexError):
-                found = line.strip()[:60]
-                raise InputError(f"{path}, line {number}: {found!r} is no BVH hierarchy") from None
-    raise InputError(f"{path}: no MOTION after a complete HIERARCHY: not a BVH file, or truncated")
-
-
-def _add_statement(word, rest, joints, opened):
-    """One statement of a hierarchy, to `joints`; `opened`: the numbers of those still open."""
-    if word in ("ROOT", "JOINT", "END"):
-        parent = opened[-1] if opened else -1
-        name = joints[parent].name + "_end" if word == "END" else " ".join(rest)
-        opened.append(len(joints))
-        joints.append(Joint(name, parent))
-    elif word == "OFFSET":
-        joints[opened[-1]].offset = np.array(rest[:3], float).reshape(3)
-        check_finite(joints[opened[-1]].offset, word)
-    elif word == "CHANNELS":
-        channels = [re.fullmatch("([XYZ])(rotation|position)", name, re.I) for name in rest[1:]]
-        if int(rest[0]) != len(channels) or None in channels:
-            raise ValueError
-        joints[opened[-1]].channels = [(name[1].upper(), name[2].lower()) for name in channels]
-    elif word == "}":
-        opened.pop()
-    elif word not in ("", "{", "HIERARCHY"):
-        raise ValueError
-
-
-def _read_motion(lines, columns, path):
-    """(values (T, columns), seconds between frames) of a BVH motion block."""
-    rows = [line.split() for _, line in lines if line.strip()]
-    frames = _declared("Frames:", rows, path)
-    seconds = _declared("Frame Time:", rows, path)
-    said = f"{path}: {len(rows)} frames where its header says {frames:g}"
-    if len(rows) == frames + 1:  # some exporters write one more
-        print(f"{said}: read without the last")
-        rows.pop()
-    for frame, row in enumerate(rows):
-        if len(row) != columns:
-            raise InputError(f"{path}, frame {frame}: {len(row)} values for {columns} channels")
-    if len(rows) != frames:
-        raise InputError(f"{said}; it is truncated or damaged: export it again")
-    try:
-        values = np.array(rows, np.float64)
-    except ValueError:
-        raise InputError(f"{path}: a motion value is not a number; export it again") from None
-    check_finite(values, path)
-    return values, seconds
-
-
-def _declared(key, rows, path):
-    """The number above 0 after "Frames:" or "Frame Time:", taken from the first of `rows`."""
-    text = " ".join(rows.pop(0)) if rows else "the end of the file"
-    value = math.nan
-    with suppress(ValueError):
-        value = float(re.sub(key, "", text, flags=re.I))
-    if not 0 < value < math.inf:
-        raise InputError(f"{path}: {text[:60]!r}, expected {key!r} and a number above 0")
-    return value
+    A joint has a name, parent (-1: none), offset and channels, as CHANNELS' values.
+    """
+    joints, opened = [], []  # opened: the numbers of the joints that are not closed yet
+    matches = re.finditer(r"[{}]|[^\s{}]+", text)
+    words = (match[0] for match in matches)
+    for match in matches:
+        keyword, line = match[0].upper(), text.count("\n", 0, match.start()) + 1
+        with described(f"{path}, line {line}: {match[0][:60]!r}", "not as in a BVH header"):
+            if keyword in ("ROOT", "JOINT", "END"):
+                name = " ".join(takewhile(lambda word: word != "{", words))
+                parent = opened[-1] if opened else -1
+                if keyword == "END":
+                    name = joints[parent]["name"] + "_end"
+                opened.append(len(joints))
+                joints.append(dict(name=name, parent=parent, offset=np.zeros(3), channels=()))
+            elif keyword == "OFFSET":
+                joints[opened[-1]]["offset"] = [float(next(words)) for _ in range(3)]
+            elif keyword == "CHANNELS":
+                channels = [CHANNELS[next(words).upper()] for _ in range(int(next(words)))]
+                joints[opened[-1]]["channels"] = channels
+            elif keyword == "}":
+                opened.pop()
+            elif keyword == "MOTION" and joints and not opened:
+                return joints, text[match.end():]
+            elif keyword != "HIERARCHY":
+                raise ValueError
+    raise InputError(f"{path}: not a BVH file: no MOTION in it")
 
 
 def _turns(axis, degrees):
     """Rotation matrices (T, 3, 3) about a coordinate axis."""
     angle = np.deg2rad(degrees)
-    turn = np.zeros((len(degrees), 3, 3))
-    i = "XYZ".index(axis)
-    j, k = (i + 1) % 3, (i + 2) % 3
-    turn[:, i, i] = 1
+    turn = np.tile(np.eye(3), (len(degrees), 1, 1))
+    j, k = {"X": (1, 2), "Y": (2, 0), "Z": (0, 1)}[axis]
     turn[:, j, j] = turn[:, k, k] = np.cos(angle)
     turn[:, k, j] = np.sin(angle)
     turn[:, j, k] = -turn[:, k, j]
@@ -990,28 +839,39 @@ def _turns(axis, degrees):
 
 
 def _read_clip(path):
-    """(joints, world positions (T, joints, 3), frames a second) of a BVH file, see `read_bvh`."""
-    text = _content(path, "name a BVH file").decode("utf-8-sig", "replace")
-    lines = iter(enumerate(text.splitlines(), 1))
-    joints = _read_hierarchy(lines, path)
-    columns = sum(len(joint.channels) for joint in joints)
-    values, seconds = _read_motion(lines, columns, path)
+    """What `read_bvh` returns, and each joint's parent."""
+    text = _existing(path, "name a BVH file").read_text("utf-8-sig", "replace")
+    joints, motion = _read_hierarchy(text, path)
+    with described(f"{path}: {motion[:60]!r}", "expected 'Frames:' and 'Frame Time:' above 0"):
+        header = re.match(r"\s*Frames:\s*(\d+)\s+Frame Time:\s*(\S+)", motion, re.I)
+        frames, fps = int(header[1]), 1 / float(header[2])
+        if not frames or not 0 < fps < math.inf:
+            raise ValueError
+    rows = [line.split() for line in motion[header.end():].splitlines() if line.strip()]
+    if not frames <= len(rows) <= frames + 1:
+        raise InputError(f"{path}: {len(rows)} frames, its header says {frames}: truncated?")
+    if len(rows) > frames:  # some exporters write one more
+        print(f"{path}: {len(rows)} frames where its header says {frames}: read without the last")
+    columns = sum(len(joint["channels"]) for joint in joints)
+    with described(f"{path}: not a number for each of {columns} channels", "export it again"):
+        values = np.array(rows[:frames], np.float64).reshape(frames, columns)
+
     column = iter(values.T)
-    positions, turns = np.empty((len(values), len(joints), 3)), []
+    positions = np.zeros((frames, len(joints) + 1, 3))  # the last is the world's origin
+    turns = {-1: np.eye(3)}
     for j, joint in enumerate(joints):
-        offset, turn = np.tile(joint.offset, (len(values), 1)), np.eye(3)
-        for axis, kind in joint.channels:
+        offset, turn = np.tile(joint["offset"], (frames, 1)), np.eye(3)
+        for axis, kind in joint["channels"]:
             if kind == "position":
                 offset[:, "XYZ".index(axis)] = next(column)
             else:
                 turn = turn @ _turns(axis, next(column))
-        if joint.parent >= 0:
-            above = turns[joint.parent]
-            offset = positions[:, joint.parent] + (above @ offset[..., None])[..., 0]
-            turn = above @ turn
-        positions[:, j] = offset
-        turns.append(turn)
-    return joints, positions, 1 / seconds
+        parent = joint["parent"]
+        positions[:, j] = positions[:, parent] + (turns[parent] @ offset[..., None])[..., 0]
+        turns[j] = turns[parent] @ turn
+    check_finite(positions, path)
+    names, parents = zip(*((joint["name"], joint["parent"]) for joint in joints))
+    return names, positions[:, :-1], fps, parents
 
 
 def read_bvh(path):
@@ -1021,168 +881,108 @@ def read_bvh(path):
     channels, on any joint, replace that joint's OFFSET; end sites are joints `<parent>_end`. One
     row more than `Frames:` counts is left out. Raises InputError for anything else.
     """
-    joints, positions, fps = _read_clip(path)
-    return tuple(joint.name for joint in joints), positions, fps
+    return _read_clip(path)[:3]
 
 
 # our joint: its names, the first that a file has, by Bandai-Namco, MotionBuilder (CMU, LAFAN1,
 # Mixamo) and 3ds Max. A LeftShoulder is the collar where there is a LeftArm too.
-BVH_NAMES = {
-    "pelvis": ("Hips",),
-    "spine": ("Spine1", "Chest2", "Chest"),
-    "thorax": ("Neck1", "Neck"),
-    "neck": ("Head",),
-    "right_hip": ("UpperLeg_R", "RightUpLeg", "RightHip"),
-    "right_knee": ("LowerLeg_R", "RightLeg", "RightKnee"),
-    "right_ankle": ("Foot_R", "RightFoot", "RightAnkle"),
-    "right_shoulder": ("UpperArm_R", "RightArm", "RightShoulder"),
-    "right_elbow": ("LowerArm_R", "RightForeArm", "RightElbow"),
-    "right_wrist": ("Hand_R", "RightHand", "RightWrist"),
-    "left_hip": ("UpperLeg_L", "LeftUpLeg", "LeftHip"),
-    "left_knee": ("LowerLeg_L", "LeftLeg", "LeftKnee"),
-    "left_ankle": ("Foot_L", "LeftFoot", "LeftAnkle"),
-    "left_shoulder": ("UpperArm_L", "LeftArm", "LeftShoulder"),
-    "left_elbow": ("LowerArm_L", "LeftForeArm", "LeftElbow"),
-    "left_wrist": ("Hand_L", "LeftHand", "LeftWrist")}
+BVH_NAMES = {ours: theirs for ours, *theirs in map(str.split, """\
+    pelvis Hips
+    spine Spine1 Chest2 Chest
+    thorax Neck1 Neck
+    neck Head
+    left_hip UpperLeg_L LeftUpLeg LeftHip
+    left_knee LowerLeg_L LeftLeg LeftKnee
+    left_ankle Foot_L LeftFoot LeftAnkle
+    left_shoulder UpperArm_L LeftArm LeftShoulder
+    left_elbow LowerArm_L LeftForeArm LeftElbow
+    left_wrist Hand_L LeftHand LeftWrist
+    right_hip UpperLeg_R RightUpLeg RightHip
+    right_knee LowerLeg_R RightLeg RightKnee
+    right_ankle Foot_R RightFoot RightAnkle
+    right_shoulder UpperArm_R RightArm RightShoulder
+    right_elbow LowerArm_R RightForeArm RightElbow
+    right_wrist Hand_R RightHand RightWrist""".splitlines())}
 LEG_LENGTH = 0.9  # metres, where no scale is given
-CAPTURE_VOLUME = 1.5  # metres
 SHORTEST_BONE = 1e-3  # as a fraction of the leg
 LYING = 0.4  # the head of who lies is no higher above the ankles, as a fraction of the leg
 OPEN_BENCHMARK = (174, 24286, 7628)  # clips, training and test frames
 MADE_BY = "poselift"  # `made_by` marks files of this project: never taken for a published dataset
 
 
-def _below(joints, tops):
-    """The numbers of the joints `tops` and of all that hang on them."""
-    below = list(tops)
-    for j, joint in enumerate(joints):  # parents come first
-        if joint.parent in below:
-            below.append(j)
-    return below
-
-
-def _one_person(joints, mapping, person, path):
-    """{name without its prefix, and with it: joint number} of one skeleton in a BVH file.
-
-    It is what hangs on the joint `person`, or on the top one whose name begins so. InputError
-    where there is not one such joint, and where two on it have the same name that is looked for.
-    """
-    names = [joint.name for joint in joints]
-    begin = [j for j, name in enumerate(names) if name == person]
-    begin = begin or [j for j, name in enumerate(names) if name.startswith(person)]
-    found = [names[j] for j in begin if joints[j].parent not in begin]
-    known, at = {*mapping.values()}.union(*BVH_NAMES.values()), {}
-    for j in _below(joints, begin[:1]):
-        bare = (names[j].removeprefix(person) or names[j]).rpartition(":")[2]  # mixamorig:Hips
-        if bare in at and {bare, names[j]} & known:
-            found.append(names[j])
-        at[bare] = at[names[j]] = j
-    if len(found) != 1:
-        raise InputError(f"{path}: {len(found)} skeletons ({', '.join(found)}); say how the top "
-                         f"joint's name begins by --person, of: {', '.join(names)}")
-    return at
-
-
-def _seventeen_joints(joints, positions, mapping, person, path):
-    """The 17 Human3.6M joints (T, 17, 3) of a BVH skeleton, in file units.
+def _seventeen_joints(joints, positions, parents, mapping, path):
+    """The 17 Human3.6M joints (T, 17, 3) of a BVH file's joints, in file units.
 
     The head is the head's end site (HeadTop_End, Head_end). Where there is none, where it is the
     Head itself, and in Bandai-Namco's files, whose end sites mean nothing, it is 2 Head - Neck: as
-    far above the neck/nose as that is above the thorax.
+    far above the neck/nose as that is above the thorax. InputError where there are several
+    skeletons: another joint beside the top one or the Hips, or two of a name looked for.
     """
-    at = _one_person(joints, mapping, person, path)
-    if not mapping and "Hips" in at:  # not on another's back
-        on_pelvis = _below(joints, [at["Hips"]])
-        at = {name: j for name, j in at.items() if j in on_pelvis}
-    ends = () if "UpperLeg_L" in at else ("HeadTop_End", "Head_end")
-    names = BVH_NAMES | {ours: (str(theirs),) for ours, theirs in mapping.items()}
-    names.setdefault("head", (*ends, *names["neck"]))
-    place, taken = {}, {}
-    for ours, known in names.items():
-        here = [at[name] for name in known if name in at]
-        if not here:
-            raise InputError(f"{path}: no joint for {ours} ({', '.join(known)}); name it by --map "
-                             f"FILE.json; it has: {', '.join(joint.name for joint in joints)}")
-        place[ours] = positions[:, here[0]]
-        other = taken.setdefault(here[0], ours)
-        if other != ours and (other, ours) != ("neck", "head"):
-            raise InputError(f"{path}: {other} and {ours} are one joint, no length between them; "
-                             "name another by --map FILE.json")
+    known = {*mapping.values()}.union(*BVH_NAMES.values())
+    bare = [name.rpartition(":")[2] for name in joints]  # mixamorig:Hips
+    at = {name: j for names in (joints, bare) for j, name in enumerate(names)}
+    beside = parents[at.get("Hips", 0)]
+    found = [name for name, parent in zip(joints, parents) if parent == beside]
+    found += [name for names in (joints, bare) for name in sorted(known) if names.count(name) > 1]
+    if len(found) != 1:
+        raise InputError(f"{path}: several skeletons ({', '.join(found[:9])}); export one alone")
 
-    above, head = place["neck"] - place["thorax"], place["head"] - place["neck"]
-    if (np.linalg.norm(head, axis=-1) <= SHORTEST_BONE * np.linalg.norm(above, axis=-1)).any():
-        place["head"] = place["neck"] + above
+    ends = () if "UpperLeg_L" in at else ("HeadTop_End", "Head_end")
+    names = BVH_NAMES | {ours: (theirs,) for ours, theirs in mapping.items()}
+    names.setdefault("head", (*ends, *names["neck"]))
     skeleton = SKELETONS["h36m17"]
-    pose = np.stack([place[ours] for ours in skeleton.joints], 1)
-    for parent, child in skeleton.edges:
-        length = np.linalg.norm(pose[:, child] - pose[:, parent], axis=-1)
+    places = {ours: [at[name] for name in names[ours] if name in at] for ours in skeleton.joints}
+    if lacking := [f"{ours} ({', '.join(names[ours])})" for ours in places if not places[ours]]:
+        found = f"no {', '.join(lacking)} among {', '.join(at)}"
+        raise InputError(f"{path}: {found}; name others by --map FILE.json")
+    pose = positions.take([here[0] for here in places.values()], 1)  # (T, 17, 3)
+
+    thorax, neck, head = pose[:, 8:11].swapaxes(0, 1)
+    above = neck - thorax
+    if (_length(head - neck) <= SHORTEST_BONE * _length(above)).any():
+        pose[:, 10] = neck + above
+    for a, b in (*skeleton.edges, *zip(skeleton.left, skeleton.right)):
+        length = _length(pose[:, a] - pose[:, b])
         if (length <= SHORTEST_BONE * _leg_length(pose)).any():
-            bone = f"{skeleton.joints[parent]} to {skeleton.joints[child]}"
-            raise InputError(f"{path}: the bone from {bone} has no length in frame "
-                             f"{int(np.argmin(length))}; name other joints by --map FILE.json")
+            found = f"{skeleton.joints[a]} to {skeleton.joints[b]}, frame {length.argmin()}"
+            raise InputError(f"{path}: no length from {found}; name others by --map FILE.json")
     return pose
+
+
+def _length(vectors):
+    return np.linalg.norm(vectors, axis=-1)
 
 
 def _leg_length(pose):
     """Thigh and shank at the first frame of (T, 17, 3), the mean of right and left."""
-    legs = np.diff(pose[0, [[1, 2, 3], [4, 5, 6]]], axis=1)
-    return np.linalg.norm(legs, axis=-1).sum(1).mean()
-
-
-def _resample(positions, fps, rate):
-    """(T, J, 3) at `fps` to another rate, linearly between frames."""
-    frames = int((len(positions) - 1) / fps * rate + 1e-3) + 1
-    time, known = np.arange(frames) * (fps / rate), np.arange(len(positions))
-    return np.apply_along_axis(partial(np.interp, time, known), 0, positions)
+    return _length(np.diff(pose[0, [[1, 2, 3], [4, 5, 6]]], axis=1)).sum(1).mean()
 
 
 def _clip_name(path):
     """(subject, action) of a clip, from its file name, or its folder and file name."""
-    stem = path.stem.replace(" ", "_")
-    bandai = re.fullmatch(r"dataset-\d+_(.+)_(.+)_(\d+)", stem)  # motion, style, take
-    if bandai:
+    if bandai := re.fullmatch(r"dataset-\d+_(.+)_(.+)_(\d+)", path.stem):  # motion, style, take
         return "S" + bandai[2], f"{bandai[1]} {bandai[3]}"
-    lafan1 = re.fullmatch(r"(\D+)(\d*)_(subject\d+)", stem)  # motion, take, subject
-    if lafan1:
-        return lafan1[3], f"{lafan1[1]} {lafan1[2]}".strip()
-    return path.parent.name, stem
+    return path.parent.name, path.stem.replace(" ", "_")
 
 
-def _find_clips(folder, test):
-    """(the BVH files under a folder by file name, "train" or "test" for each).
-
-    Without macOS's `._` left-overs. InputError where the pattern `test` finds all or none.
-    """
-    paths = [path for path in folder.rglob("[!.]*") if path.suffix.lower() == ".bvh"]
-    paths.sort(key=lambda path: (path.name, str(path)))
-    if not paths:
-        raise InputError(f"{folder}: no BVH files in it, or no such folder; name one that has some")
-    try:
-        found = [bool(re.search(test, path.relative_to(folder).as_posix())) for path in paths]
-    except re.error:
-        raise InputError(f"--test {test!r}: not a regular expression") from None
-    if not test or len(set(found)) == 1:
-        how_many = "all" if test and found[0] else "none"
-        raise InputError(f"--test {test!r} matches {how_many} of {len(paths)} clips in {folder}")
-    return paths, np.where(found, "test", "train")
-
-
-def _world_poses(path, mapping, scale, up, fps, recorded_fps, skip, person):
+def _world_poses(path, mapping, scale, up, fps, recorded_fps, skip):
     """(world poses (T, 17, 3) in metres, z up, within the capture volume; frames a second)."""
-    joints, positions, rate = _read_clip(path)
+    joints, positions, rate, parents = _read_clip(path)
     if not 0 <= skip < len(positions):
         raise InputError(f"{path}: --skip {skip} does not fit its {len(positions)} frames")
-    pose = _seventeen_joints(joints, positions[skip:], mapping, person, path)
+    pose = _seventeen_joints(joints, positions[skip:], parents, mapping, path)
     if up == "y":
         pose = np.stack((pose[..., 0], -pose[..., 2], pose[..., 1]), -1)
-    pose = pose * (scale or LEG_LENGTH / _leg_length(pose))
+    pose = pose * (LEG_LENGTH / _leg_length(pose) if scale is None else scale)
     if not 0.2 < _leg_length(pose) < 2:
-        raise InputError(f"{path}: legs of {_leg_length(pose):.2g} m; give another --scale or none")
+        raise InputError(f"{path}: legs of {_leg_length(pose):.2g} m; give another --scale")
     rate = recorded_fps or rate
-    if fps:
-        pose = _resample(pose, rate, fps)
+    if fps:  # linearly between frames
+        count = int((len(pose) - 1) / rate * fps + 1e-3) + 1
+        time, known = np.arange(count) * (rate / fps), np.arange(len(pose))
+        pose = np.apply_along_axis(lambda x: np.interp(time, known, x), 0, pose)
     pelvis = pose[:, 0, :2]
-    moved = np.clip(pelvis - pelvis.mean(0), -CAPTURE_VOLUME, CAPTURE_VOLUME) - pelvis
+    moved = np.clip(pelvis - pelvis.mean(0), -1.5, 1.5) - pelvis  # metres
     pose[..., :2] += moved[:, None]
     return pose, fps or rate
 
@@ -1194,70 +994,72 @@ def _check_up(paths, world, up):
         height = pose[:, 10, 2] - pose[:, [3, 6], 2].mean(1)  # the head's, above the ankles
         if (height < LYING * _leg_length(pose)).mean() > 0.6:
             lying.append(path.name)
-    found = f"the head is not above the ankles in {len(lying)} of {len(paths)} clips: {lying[:9]}"
+    found = f"head not above the ankles in {len(lying)} of {len(paths)} clips: {lying[:9]}"
     if len(lying) > len(paths) / 2:
         raise InputError(f"{found}, read with --up {up}: give --up {'z' if up == 'y' else 'y'}")
     if lying:
         print(f"warning: {found}: people who lie or crawl?", file=sys.stderr)
 
 
-def _seen(pose, rig, path):
-    """World poses (T, 17, 3) in the pixels (4, T, 17, 2) of Human3.6M's cameras of one subject."""
-    views = [world_to_camera(pose, extrinsics) for extrinsics in rig]
-    if not min(view[..., 2].min() for view in views) > 0.5:
-        raise InputError(f"{path}: a joint is less than 0.5 m before a camera; give the --scale")
-    pixels = [project(view, intrinsics) for view, intrinsics in zip(views, H36M_INTRINSICS)]
-    return np.stack(pixels).astype(np.float32)
-
-
 def convert_bvh(folder, out="data", name="mocap", test="", mapping=None, scale=None, up="y",
-                fps=None, recorded_fps=None, skip=0, person=""):
+                fps=None, recorded_fps=None, skip=0):
     """Every BVH clip under `folder` to `out`/data_3d_`name`.npz and data_2d_`name`_gt.npz.
 
     Clips in the order of their file names; those matching the pattern `test` are the test set.
     `mapping`: {our joint: its joint}. `scale`: metres a file unit; without it each clip so that
     (thigh + shank) at its first frame is 0.90 m. `up`: "y" or "z". `fps`: resample; `recorded_fps`:
-    the rate where the file states a wrong one; `skip`: frames left out at the start; `person`:
-    which skeleton, by its top joint or prefix. The pelvis's horizontal position, off its mean, is
-    clamped to +- 1.5 m. Clip i is seen by the four Human3.6M cameras of subject i mod 7. Returns
-    what to print. Raises InputError for whatever cannot be converted, with nothing written.
+    the rate where the file states a wrong one; `skip`: frames left out at the start. The pelvis's
+    horizontal position, off its mean, is clamped to +- 1.5 m. Clip i is seen by the four Human3.6M
+    cameras of subject i mod 7. Returns what to print. Raises InputError for whatever cannot be
+    converted, with nothing written.
     """
-    folder, out, ours = Path(folder), Path(out), SKELETONS["h36m17"].joints
-    if not re.fullmatch(r"[\w-]+", name):
-        raise InputError(f"--name {name!r}: expected letters, digits, _ and - alone")
-    paths, split = _find_clips(folder, test)
-    options = mapping or {}, scale, up, fps, recorded_fps, skip, person
+    folder, out = Path(folder), Path(out)
+    for option, value in (("scale", scale), ("fps", fps), ("recorded-fps", recorded_fps)):
+        if value is not None and not 0 < value <= 1000:
+            raise InputError(f"--{option} {value}: a number above 0 and up to 1000 expected")
+    paths = [path for path in folder.rglob("[!.]*") if path.suffix.lower() == ".bvh"]  # no ._ files
+    paths.sort(key=lambda path: (path.name, str(path)))
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    with described(f"--test {test!r}", "a regular expression expected"):
+        found = [bool(re.search(test, name)) for name in names]
+    if len(set(found)) < 2:
+        raise InputError(f"--test {test!r} fits {sum(found)} of {len(paths)} BVH files of {folder}")
+    split = np.where(found, "test", "train")
+
+    options = mapping or {}, scale, up, fps, recorded_fps, skip
     world, rates = zip(*(_world_poses(path, *options) for path in paths))
     _check_up(paths, world, up)
-    rigs = [list(H36M_EXTRINSICS.values())[i % len(H36M_EXTRINSICS)] for i in range(len(paths))]
-    image = [_seen(*clip) for clip in zip(world, rigs, paths)]
+    rigs = [rig for _, rig in zip(paths, cycle(H36M_EXTRINSICS.values()))]
+    image = []
+    for path, pose, rig in zip(paths, world, rigs):
+        views = [world_to_camera(pose, extrinsics) for extrinsics in rig]
+        if not min(view[..., 2].min() for view in views) > 0.5:
+            raise InputError(f"{path}: a joint less than 0.5 m before a camera; give the --scale")
+        image.append([project(*view) for view in zip(views, H36M_INTRINSICS)])
 
-    frames = np.array([len(pose) for pose in world])
-    train, held_out = frames[split == "train"], frames[split == "test"]
+    lengths = np.array([len(pose) for pose in world])
+    subjects, actions = zip(*map(_clip_name, paths))
+    train, held_out = lengths[split == "train"], lengths[split == "test"]
     source = f"{len(paths)} BVH clips of {folder.resolve().name}"
     counts = len(paths), train.sum(), held_out.sum()
     if counts == OPEN_BENCHMARK and not (mapping or scale or fps):
         source = "open mocap benchmark (Bandai-Namco-Research-Motiondataset-1)"
-    subjects, actions = zip(*map(_clip_name, paths))
-    clips = [path.relative_to(folder).as_posix() for path in paths]
-    both = dict(made_by=MADE_BY, clips=clips, offsets=np.concatenate(([0], np.cumsum(frames))))
-    pose_2d = dict(both, positions_2d=np.concatenate(image, 1))  # (4, frames, 17, 2) pixels
-    pose_3d = dict(
-        both, positions_3d=np.concatenate(world).astype(np.float32), joints=ours, split=split,
-        subjects=subjects, actions=actions, fps=np.array(rates), source=source,
-        cameras=H36M_CAMERAS, sizes=np.array(H36M_SIZES), intrinsics=H36M_INTRINSICS,
-        extrinsics=np.stack(rigs))
+    both = dict(made_by=MADE_BY, clips=names, offsets=np.cumsum([0, *lengths]))
     path_2d, path_3d = out / f"data_2d_{name}_gt.npz", out / f"data_3d_{name}.npz"
-    write_atomically(path_2d, lambda file: np.savez(file, **pose_2d))
+    pixels, world = np.float32(np.concatenate(image, 1)), np.float32(np.concatenate(world))
+    write_atomically(path_2d, partial(np.savez, **both, positions_2d=pixels))
     # the 3D last: without it the set is not there
-    write_atomically(path_3d, lambda file: np.savez(file, **pose_3d))
+    write_atomically(path_3d, partial(
+        np.savez, **both, positions_3d=world, split=split, joints=SKELETONS["h36m17"].joints,
+        subjects=subjects, actions=actions, source=source, fps=rates, cameras=H36M_CAMERAS,
+        sizes=H36M_SIZES, intrinsics=H36M_INTRINSICS, extrinsics=rigs))
     return (f"{source}: training {len(train)} clips, {train.sum():,} frames, test {len(held_out)} "
             f"clips, {held_out.sum():,} frames, 4 cameras -> {path_3d}, {path_2d}")
 
 
 def load_mocap(folder, name="mocap", keypoints="gt", split="train"):
     """The Sequences of a split that `python data.py bvh` wrote; one for each clip and camera."""
-    remedy = f"python data.py bvh FOLDER --out {folder} --name {name} --test REGEX makes it"
+    remedy = REGISTER["mocap"]
     path_3d = Path(folder) / f"data_3d_{name}.npz"
     path_2d = Path(folder) / f"data_2d_{name}_{keypoints}.npz"
     space, image = read_npz(path_3d, remedy), read_npz(path_2d, remedy)
@@ -1265,23 +1067,21 @@ def load_mocap(folder, name="mocap", keypoints="gt", split="train"):
     with described(f"{path_3d}, {path_2d}: not as this project writes them", remedy):
         bounds, clips = space["offsets"].tolist(), space["clips"].tolist()
         world, pixels = space["positions_3d"], image["positions_2d"]
-        same = image["clips"].tolist() == clips and image["offsets"].tolist() == bounds
+        same = all(np.array_equal(space[key], image[key]) for key in ("clips", "offsets"))
         if not same or not pixels.shape[1] == len(world) == bounds[-1]:
-            raise InputError(f"{path_2d}: its clips or frames are not those of {path_3d}; {remedy}")
+            raise InputError(f"{path_2d}: its clips or frames are not those of {path_3d}")
         for i in np.flatnonzero(space["split"] == split):
             frames = slice(bounds[i], bounds[i + 1])
-            points = check_poses(world[frames], f"{path_3d}: {clips[i]}, 3D", (3,))
+            points = check_poses(world[frames], f"{path_3d}: {clips[i]}", 3)
             for c, camera in enumerate(space["cameras"].tolist()):
                 where = f"{path_2d}: {clips[i]} camera {camera}"
-                pose_2d = check_poses(pixels[c, frames], f"{where}, 2D", (2, 3))[..., :2]
                 extrinsics = space["extrinsics"][i, c]
                 sequences.append(_sequence(
-                    where, pose_2d, world_to_camera(points, extrinsics), space["intrinsics"][c],
+                    where, check_poses(pixels[c, frames], where, 2),
+                    world_to_camera(points, extrinsics), space["intrinsics"][c],
                     subject=str(space["subjects"][i]), action=str(space["actions"][i]),
                     camera=camera, size=tuple(space["sizes"][c].tolist()),
                     fps=float(space["fps"][i]), source=str(space["source"]), extrinsics=extrinsics))
-    if not sequences:
-        raise InputError(f"{path_3d}: no clips in the split {split!r}; {remedy}")
     return sequences
 
 
@@ -1304,13 +1104,14 @@ RANGES = {
     "shoulder": ((-45, 160), (-5, 120), (-60, 60)),
     "elbow": ((3, 145), (0, 0), (0, 0))}
 # motion: (cycles a second, heading turns a second, moves). A move is {joint: (bend, swing, phase in
-# cycles, raise, raising swing)} in degrees; a joint without a side moves both sides alike, one
-# after ~ the left side half a cycle later.
+# cycles, raise, raising swing)} in degrees; a joint without a side moves both sides alike.
 MOTIONS = {
-    "walk": (0.95, 0.12, {"~hip": (10, 20, 0), "~knee": (-26, 20, .3), "~shoulder": (0, 20, .5),
-        "elbow": (24, 8, .2)}),
-    "turn": (0.7, 0.35, {"~hip": (12, 13, 0), "~knee": (-20, 15, .3),
-        "shoulder": (12, 14, 0, 20, 14), "elbow": (40, 14, .3)}),
+    "walk": (0.95, 0.12, {"right_hip": (10, 20, 0), "right_knee": (-26, 20, .3),
+        "left_hip": (10, 20, .5), "left_knee": (-26, 20, .8), "right_shoulder": (0, 20, .5),
+        "left_shoulder": (0, 20, 1), "elbow": (24, 8, .2)}),
+    "turn": (0.7, 0.35, {"right_hip": (12, 13, 0), "right_knee": (-20, 15, .3),
+        "left_hip": (12, 13, .5), "left_knee": (-20, 15, .8), "shoulder": (12, 14, 0, 20, 14),
+        "elbow": (40, 14, .3)}),
     "reach": (0.3, 0.03, {"right_shoulder": (64, 46, 0, 20, 14),
         "left_shoulder": (48, 42, .4, 16, 14), "elbow": (28, 21, .5), "spine": (8, 10, 0)}),
     "sit": (0.25, 0.02, {"hip": (70, 4, 0, 10, 4), "knee": (-70, 8, .5),
@@ -1338,15 +1139,6 @@ def _drift(rng, frames, fps, shape, slowest=6.0):
     return np.sin(2 * np.pi * time / period + phase).sum(1) / np.sqrt(2)
 
 
-def _move_of(joint, part, moves):
-    """(bend, swing, phase, raise, raising swing, whether sides alternate) of a joint."""
-    for key in (joint, part, "~" + part):
-        if key in moves:
-            bend, swing, shift, up, lift = (*moves[key], 0, 0)[:5]
-            return bend, swing, shift, up, lift, "~" + part in moves
-    return 0, 0, 0, 0, 0, False
-
-
 def _motion(rng, kind, frames, fps, bones, manner):
     """World positions (frames, 17, 3) of a performance, z up, feet on the floor.
 
@@ -1359,17 +1151,15 @@ def _motion(rng, kind, frames, fps, bones, manner):
     phase = 2 * np.pi * (pace * time + rng.uniform()) + 0.5 * _drift(rng, frames, fps, ())
     size = rng.uniform(0.75, 1.25, 17)
 
-    turns = [None] * 17
+    turns = [np.eye(3)] * 17
     for j, joint in enumerate(skeleton.joints):
         side, _, part = joint.rpartition("_")
         if part not in RANGES:
             continue
-        bend, swing, shift, up, lift, alternates = _move_of(joint, part, moves)
-        later = 0.5 * (side == "left" and alternates)
-        cycle = np.sin(phase - 2 * np.pi * (shift + later))
-        bending = bend + size[j] * swing * cycle
-        raising = up + size[j] * lift * cycle
-        angle = np.stack((bending, raising, 0 * cycle), -1)  # (T, 3)
+        move = moves.get(joint) or moves.get(part) or (0, 0, 0)
+        bend, swing, shift, up, lift = (*move, 0, 0)[:5]
+        cycle = np.sin(phase - 2 * np.pi * shift)
+        angle = np.array((bend, up, 0)) + size[j] * np.array((swing, lift, 0)) * cycle[:, None]
         angle += manner[j] + rng.uniform(-5, 5, 3) + 3 * _drift(rng, frames, fps, (3,))
         low, high = np.array(RANGES[part], float).T
         middle, half = (low + high) / 2, np.maximum((high - low) / 2, 1e-9)
@@ -1386,10 +1176,7 @@ def _motion(rng, kind, frames, fps, bones, manner):
     pose = np.zeros((frames, 17, 3))
     for parent, j in skeleton.edges:
         pose[:, j] = pose[:, parent] + turns[parent] @ bones[j]
-        if turns[j] is None:
-            turns[j] = turns[parent]
-        else:
-            turns[j] = turns[parent] @ turns[j]
+        turns[j] = turns[parent] @ turns[j]
 
     feet = pose[:, [3, 6], 2]
     floor = -np.log(np.exp(-feet / 0.03).sum(1)) * 0.03  # a smooth minimum
@@ -1419,7 +1206,7 @@ def synthesize(seed, subjects=tuple(H36M_EXTRINSICS), motions=tuple(MOTIONS), ta
         bones = _BONES * ((stretch + stretch[mirror]) / 2)[:, None]
         manner = rng.uniform(-5, 5, (17, 3))
         rig = H36M_EXTRINSICS.get(subject, rigs[number % len(rigs)])
-        for kind, take in ((kind, take) for kind in motions for take in range(takes)):
+        for kind, take in product(motions, range(takes)):
             world = _motion(rng, kind, frames, fps, bones, manner)
             for c, camera in enumerate(H36M_CAMERAS):
                 points = world_to_camera(world, rig[c])
@@ -1445,22 +1232,30 @@ SKIPPED_DETECTED = {("S9", "Waiting 1"), ("S9", "SittingDown 1"), ("S9", "Greeti
 DATASETS = {
     "h36m": ("h36m17", "h36m32"), "gridconv": ("h36m17",), "humaneva": ("humaneva15",),
     "3dhp": ("3dhp17", "h36m17"), "mocap": ("h36m17",), "synthetic": ("h36m17",)}
-# what `provenance` calls a recipe's `data` where it is what the papers measured on. No frame counts
-# of HumanEva-I are published: its files are taken at their word.
 HUMAN36M = "Human3.6M"
-GENUINE = {"h36m": HUMAN36M, "gridconv": HUMAN36M, "humaneva": "files in HumanEva-I layout",
-           "3dhp": "MPI-INF-3DHP test set"}
-TITLE = {"h36m": "Human3.6M", "humaneva": "HumanEva-I", "3dhp": "MPI-INF-3DHP",
+TITLE = {"h36m": HUMAN36M, "humaneva": "HumanEva-I", "3dhp": "MPI-INF-3DHP",
          "mocap": "motion capture"}
 LAYOUT = {data: f"files in {title} layout" for data, title in TITLE.items()}
+# what `provenance` calls a recipe's `data` where it is what the papers measured on. No frame counts
+# of HumanEva-I are published: its files are taken at their word.
+GENUINE = {"h36m": HUMAN36M, "gridconv": HUMAN36M, "humaneva": LAYOUT["humaneva"],
+           "3dhp": "MPI-INF-3DHP test set"}
+SETS = {  # (data, keypoints): the rows that it allows to reproduce
+    ("h36m", "gt"): "GridConv's P1* rows (Tables 2, 4, 5; 6 in 17 joints, and in 32 where the 3D "
+                    "has them), GLA-GCN's gt rows (Tables 1, 4, 5)",
+    ("h36m", "hrnet"): "GridConv's P1 / P2 rows (Tables 1, 2, 5, A)",
+    ("h36m", "cpn_ft_h36m_dbb"): "GLA-GCN's CPN rows (Tables 1, 4)",
+    ("humaneva", "gt"): "GLA-GCN's gt row (Table 2)",
+    ("humaneva", "detectron_pt_coco"): "GLA-GCN's MRCNN row (Table 2)",
+    ("3dhp", "gt"): "GLA-GCN's rows (Table 3), by its test set alone GridConv's cross-dataset row",
+    ("mocap", "gt"): "the rows named mocap"}
 REGISTER = {  # where a dataset, or its detected 2D, comes from
-    "h36m": "register at http://vision.imar.ro/human3.6m; prepare it as VideoPose3D does",
-    "gridconv": "fetch h36m.zip, which the GridConv release points to",
-    "hrnet": "fetch h36m.zip, which the GridConv release points to",
-    "cpn_ft_h36m_dbb": "fetch it from where VideoPose3D's DATASETS.md points to",
-    "humaneva": "register at http://humaneva.is.tue.mpg.de; prepare it as VideoPose3D does",
-    "3dhp": "register at https://vcai.mpi-inf.mpg.de/3dhp-dataset; prepare as P-STMO does",
-    "mocap": "python data.py bvh FOLDER --test REGEX makes it from BVH files"}
+    "h36m": "register at vision.imar.ro/human3.6m; prepare it as VideoPose3D does",
+    "hrnet": "fetch h36m.zip, see the GridConv release",
+    "cpn_ft_h36m_dbb": "fetch it, see VideoPose3D's DATASETS.md",
+    "humaneva": "register at humaneva.is.tue.mpg.de; prepare it as VideoPose3D does",
+    "3dhp": "register at vcai.mpi-inf.mpg.de/3dhp-dataset; prepare it as P-STMO does",
+    "mocap": "python data.py bvh FOLDER --test REGEX makes it"}
 
 
 def provenance(sequences):
@@ -1487,16 +1282,12 @@ def provenance(sequences):
 def _nested(path, key, data):
     """(the dictionary that `key` of an npz holds, the source of its Sequences)."""
     archive = read_npz(path, REGISTER[data])
-    value = archive.get(key)
-    if value is not None and value.shape == ():
-        value = value.item()
-    if not isinstance(value, dict) or not value:
-        raise InputError(f"{path}: no dictionary under {key!r}, or an empty one; {REGISTER[data]}")
+    with described(f"{path}: no dictionary under {key!r}", REGISTER[data]):
+        value = dict(archive[key].item())
     if data == "h36m" and "'layout_name': 'coco'" in str(archive.get("metadata")):
-        raise InputError(f"{path}: COCO's joints; expected 2D of Human3.6M's; {REGISTER[data]}")
-    if str(archive.get("made_by")) == MADE_BY:
-        return value, LAYOUT[data] + ", made by this project"
-    return value, LAYOUT[data]
+        raise InputError(f"{path}: COCO's joints, not Human3.6M's; {REGISTER[data]}")
+    made_here = str(archive.get("made_by")) == MADE_BY
+    return value, LAYOUT[data] + (", made by this project" if made_here else "")
 
 
 def _videopose3d(folder, data, name, keypoints, subjects, cameras):
@@ -1514,15 +1305,14 @@ def _videopose3d(folder, data, name, keypoints, subjects, cameras):
     for subject in subjects:
         actions = space.get(subject)
         if not isinstance(actions, dict) or not actions:
-            raise InputError(f"{path_3d}: it holds no actions of {subject}; {REGISTER[data]}")
+            raise InputError(f"{path_3d}: no actions of {subject}; {REGISTER[data]}")
         for action, world in actions.items():
-            world = check_poses(world, f"{path_3d}: {subject} {action}, 3D", (3,))
+            world = check_poses(world, f"{path_3d}: {subject} {action}", 3)
             for c, camera in enumerate(cameras):
                 where, pixels = f"{path_2d}: {subject} {action} camera {camera}", None
                 if image is not None:
                     with described(f"{where}: no 2D of {len(cameras)} cameras", REGISTER[data]):
-                        pixels = image[subject][action][c]
-                    pixels = check_poses(pixels, f"{where}, 2D", (2, 3))[:len(world), :, :2]
+                        pixels = check_poses(image[subject][action][c], where, 2)[:len(world)]
                 fields = dict(subject=subject, action=str(action), camera=camera, source=source)
                 yield c, world, pixels, where, fields
 
@@ -1538,27 +1328,26 @@ def load_h36m(folder, keypoints="gt", subjects=SPLITS["train"], joints=17):
     sequences = []
     for c, world, pixels, where, fields in views:
         extrinsics, intrinsics = H36M_EXTRINSICS[fields["subject"]][c], H36M_INTRINSICS[c]
-        if joints == 17 and world.shape[1] == 32:
-            world = world[:, H36M_17_OF_32]
         points = world_to_camera(world, extrinsics)
-        if pixels is None or (keypoints == "gt" and joints == 32 and pixels.shape[1] == 17):
+        if pixels is None or keypoints == "gt" and pixels.shape[1] < joints:
             pixels = project(points, intrinsics)
-        elif joints == 17 and pixels.shape[1] == 32:
-            pixels = pixels[:, H36M_17_OF_32]
+        points, pixels = (pose[:, H36M_17_OF_32] if pose.shape[1] == 32 > joints else pose
+                          for pose in (points, pixels))
         sequences.append(_sequence(
-            where, pixels, points, intrinsics, size=H36M_SIZES[c], fps=H36M_FPS,
+            where, pixels, points, intrinsics, size=H36M_SIZES[c], fps=50.0,
             extrinsics=extrinsics, **fields))
     return sequences
 
 
-def _archives(folder, split, keypoints):
-    """GridConv's 2D and 3D archives: in `folder`, its <keypoints> or its h36m/<keypoints>."""
+def _archives(folder, keypoints):
+    """GridConv's archives, training and 2D first: in <keypoints>, h36m/<keypoints> or `folder`."""
     folder = Path(folder)
-    names = [f"{split}_custom_{kind}_unnorm.pth.tar" for kind in ("2d", "3d")]
     for place in (folder / keypoints, folder / "h36m" / keypoints, folder):
-        if (place / names[0]).exists():
-            return [place / name for name in names]
-    return [folder / keypoints / name for name in names]
+        paths = [place / f"{split}_custom_{kind}_unnorm.pth.tar"
+                 for split in SPLITS for kind in ("2d", "3d")]
+        if any(path.exists() for path in paths):
+            break
+    return paths
 
 
 def load_gridconv(folder, split="train", keypoints="gt"):
@@ -1568,50 +1357,37 @@ def load_gridconv(folder, split="train", keypoints="gt"):
     (T, 3) and `joint_3d` or `joints_3d` (T, 51) in mm, and `camera`, a dictionary or the list of
     fx, fy, cx, cy.
     """
-    (path_2d, path_3d), remedy = _archives(folder, split, keypoints), REGISTER["gridconv"]
+    archives, remedy = _archives(folder, keypoints), REGISTER["hrnet"]
+    path_2d, path_3d = [path for path in archives if path.name.startswith(split)]
     image, space = read_torch(path_2d, remedy), read_torch(path_3d, remedy)
-    two = isinstance(image, dict) and isinstance(space, dict)
-    if not two or not space or image.keys() != space.keys():
-        raise InputError(f"{path_2d}, {path_3d}: not dictionaries of the same sequences; {remedy}")
     sequences = []
-    for key, entry in space.items():
-        with described(f"{path_3d}: {key}: not as GridConv's archives are", remedy):
+    with described(f"{path_2d}, {path_3d}: not GridConv's archives of the same clips", remedy):
+        if image.keys() != space.keys():
+            raise ValueError
+        for key, entry in space.items():
             subject, (action, _, camera) = key[0], key[2].rpartition(".")
             joints = np.asarray(entry["joint_3d" if "joint_3d" in entry else "joints_3d"])
             points = joints.reshape(-1, 17, 3) + np.asarray(entry["pelvis"])[:, None]
-            pixels = np.asarray(image[key]).reshape(-1, 17, 2)
             pinhole = entry["camera"]
             if isinstance(pinhole, dict):
                 pinhole = np.stack([pinhole[name] for name in ("fx", "fy", "cx", "cy")], -1)
             fx, fy, cx, cy = np.atleast_2d(pinhole)[0].astype(float)
-            intrinsics = (fx, fy, cx, cy, 0, 0, 0, 0, 0)
-            size = H36M_SIZES[H36M_CAMERAS.index(camera)]
-        where = f"{subject} {action} camera {camera}"
-        points = check_poses(points / 1000, f"{path_3d}: {where}, 3D", (3,))  # metres
-        pixels = check_poses(pixels, f"{path_2d}: {where}, 2D", (2,))
-        sequences.append(_sequence(
-            where, pixels, points, intrinsics, subject=subject, action=action, camera=camera,
-            size=size, fps=H36M_FPS, source=LAYOUT["h36m"]))
+            where = f"{subject} {action} camera {camera}"
+            points = check_poses(points / 1000, f"{path_3d}: {where}", 3)  # metres
+            pixels = np.asarray(image[key]).reshape(-1, 17, 2)
+            sequences.append(_sequence(
+                where, check_poses(pixels, f"{path_2d}: {where}", 2), points,
+                (fx, fy, cx, cy, 0, 0, 0, 0, 0), subject=subject, action=action, camera=camera,
+                size=H36M_SIZES[H36M_CAMERAS.index(camera)], fps=50.0, source=LAYOUT["h36m"]))
     return sequences
-
-
-def _humaneva_of_coco(pose):
-    """COCO-17 (T, 17, 2) to HumanEva's 15 joints, as GLA-GCN does.
-
-    Mid hips, mid shoulders, the limbs, and the nose as the head.
-    """
-    hips = pose[:, [11, 12]].mean(1, keepdims=True)
-    shoulders = pose[:, [5, 6]].mean(1, keepdims=True)
-    limbs_and_nose = pose[:, [5, 7, 9, 6, 8, 10, 11, 13, 15, 12, 14, 16, 0]]
-    return np.concatenate((hips, shoulders, limbs_and_nose), 1)
 
 
 def load_humaneva(folder, keypoints="gt", subjects=("Train/S1", "Train/S2", "Train/S3"),
                   actions=HUMANEVA_ACTIONS):
     """HumanEva-I in VideoPose3D's layout, 15 joints: every chunk that begins with one of `actions`.
 
-    `detectron_pt_coco` keypoints (COCO-17) are mapped to the 15 joints. The cameras' intrinsics are
-    unknown (NaN).
+    `detectron_pt_coco` keypoints (COCO-17) are mapped to the 15 joints as GLA-GCN does: mid hips,
+    mid shoulders, the limbs, and the nose as the head. The cameras' intrinsics are unknown (NaN).
     """
     views = _videopose3d(folder, "humaneva", "humaneva15", keypoints, subjects, HUMANEVA_CAMERAS)
     sequences = []
@@ -1619,44 +1395,41 @@ def load_humaneva(folder, keypoints="gt", subjects=("Train/S1", "Train/S2", "Tra
         if not fields["action"].startswith(tuple(actions)):
             continue
         if pixels.shape[1] == 17:
-            pixels = _humaneva_of_coco(pixels)
+            pixels = pixels[:, HUMANEVA_OF_COCO].mean(2)
         points = world_to_camera(world, HUMANEVA_EXTRINSICS[fields["subject"][-2:]][c])
         sequences.append(_sequence(
-            where, pixels, points, UNKNOWN_INTRINSICS, size=HUMANEVA_SIZE, fps=HUMANEVA_FPS,
-            **fields))
-    if not sequences:
-        raise InputError(f"{folder}: no action begins with {' or '.join(actions)}; see --actions")
+            where, pixels, points, UNKNOWN_INTRINSICS, size=(640, 480), fps=60.0, **fields))
     return sequences
 
 
-def load_3dhp(folder, split="train"):
-    """MPI-INF-3DHP in P-STMO's layout, 17 joints in its own order, root 14.
+def load_3dhp(folder, split="train", skeleton="3dhp17"):
+    """MPI-INF-3DHP in P-STMO's layout, 17 joints in its own order, or in h36m17's.
 
     Test frames that do not count: `valid`.
     """
     path, remedy = Path(folder) / f"data_{split}_3dhp.npz", REGISTER["3dhp"]
     recordings, source = _nested(path, "data", "3dhp")
-    sequences = []
+    root, sequences = SKELETONS[skeleton].root, []
+    order = H36M_17_OF_3DHP if skeleton == "h36m17" else slice(None)
     for name, recording in recordings.items():
         with described(f"{path}: {name}: not in P-STMO's layout", remedy):
             subject, _, action = name.partition(" ")
             size = (1920, 1080) if subject in ("TS5", "TS6") else (2048, 2048)
             views, fps = ({"0": recording}, math.nan) if split == "test" else recording
-            if not views:
-                raise InputError(f"{path}: {name} has no cameras; {remedy}")
+            next(iter(views))  # at least one camera
             for camera, view in views.items():
                 where, valid = f"{path}: {name} camera {camera}", None
-                points = check_poses(np.asarray(view["data_3d"]) / 1000, f"{where}, 3D", (3,))
-                pixels = check_poses(view["data_2d"], f"{where}, 2D", (2,))
+                points = check_poses(np.asarray(view["data_3d"]) / 1000, where, 3)
+                pixels = check_poses(view["data_2d"], where, 2)
                 if split == "test":
                     valid = np.asarray(view["valid"]).reshape(-1) == 1
                     if len(valid) != len(points) or not valid.any():
-                        found = f"{len(valid)} flags, {valid.sum()} of them 1"
-                        raise InputError(f"{where}: {found}, for {len(points)} frames")
+                        flags = f"{valid.sum()} of {len(valid)} flags"
+                        raise InputError(f"{where}: {flags}, {len(points)} frames")
                 sequences.append(_sequence(
-                    where, pixels, points, UNKNOWN_INTRINSICS, 14, subject=subject,
-                    action=action or subject, camera=str(camera), size=size, fps=float(fps),
-                    source=source, valid=valid))
+                    where, pixels[:, order], points[:, order], UNKNOWN_INTRINSICS, root,
+                    subject=subject, action=action or subject, camera=str(camera), size=size,
+                    fps=float(fps), source=source, valid=valid))
     return sequences
 
 
@@ -1667,38 +1440,27 @@ def load_dataset(recipe, folder, split):
     Human3.6M trains on S1 S5 S6 S7 S8, tests on S9 S11 and leaves out S11's sequence named exactly
     `Directions`, with skip = "gridconv" and detected 2D also 12 of S9; HumanEva-I trains on Train/
     and tests on Validate/ S1 to S3; 3DHP comes in Human3.6M's joint order where the recipe's
-    skeleton is h36m17. Raises InputError for another name.
+    skeleton is h36m17. Raises InputError for joints that are not the skeleton's.
     """
-    if split not in SPLITS:
-        raise InputError(f"split {split!r}: expected train or test")
-    if recipe.data == "synthetic":
-        return [s for s in synthesize(0) if s.subject in SPLITS[split]]
-    listing(folder)  # permitted?
-    if recipe.data == "mocap":
-        return load_mocap(folder, "mocap", recipe.keypoints, split)
-    if recipe.data == "humaneva":
-        part = "Train" if split == "train" else "Validate"
+    data, keypoints, skeleton = recipe.data, recipe.keypoints, SKELETONS[recipe.skeleton]
+    if data == "synthetic":
+        sequences = [s for s in synthesize(0) if s.subject in SPLITS[split]]
+    elif data == "mocap":
+        sequences = load_mocap(folder, "mocap", keypoints, split)
+    elif data == "humaneva":
+        part = {"train": "Train", "test": "Validate"}[split]
         subjects = [f"{part}/S{i}" for i in (1, 2, 3)]
-        return load_humaneva(folder, recipe.keypoints, subjects, recipe.actions)
-    if recipe.data == "3dhp":
-        sequences = load_3dhp(folder, split)
-        if recipe.skeleton != "h36m17":
-            return sequences
-        order = list(H36M_17_OF_3DHP)
-        return [replace(s, pose_2d=s.pose_2d[:, order], pose_3d=s.pose_3d[:, order])
-                for s in sequences]
-    if files_of(recipe, folder)[0].suffix == ".tar":
-        sequences = load_gridconv(folder, split, recipe.keypoints)
+        sequences = load_humaneva(folder, keypoints, subjects, recipe.actions)
+    elif data == "3dhp":
+        sequences = load_3dhp(folder, split, recipe.skeleton)
+    elif files_of(recipe, folder)[0].suffix == ".tar":
+        sequences = load_gridconv(folder, split, keypoints)
     else:
-        joints = len(SKELETONS[recipe.skeleton].joints)
-        sequences = load_h36m(folder, recipe.keypoints, SPLITS[split], joints)
-    skipped = SKIPPED
-    if recipe.skip == "gridconv" and recipe.keypoints != "gt":
-        skipped = SKIPPED | SKIPPED_DETECTED
+        sequences = load_h36m(folder, keypoints, SPLITS[split], len(skeleton.joints))
+    drifting = recipe.skip == "gridconv" and keypoints != "gt"
+    skipped = SKIPPED | SKIPPED_DETECTED if drifting else SKIPPED
     kept = [s for s in sequences if (s.subject, s.action) not in skipped]
-    if {s.pose_2d.shape[1] for s in kept} != {len(SKELETONS[recipe.skeleton].joints)}:
-        found = "poses of other joints" if kept else "no sequences but those always left out"
-        raise InputError(f"{folder}: {found}, for {recipe.skeleton}; {REGISTER['h36m']}")
+    _check_joints(kept, skeleton, f"{folder}, {split}, less what is always left out")
     return kept
 
 
@@ -1708,16 +1470,13 @@ def make_store(recipe, folder, split, device="cpu"):
 
     InputError for unknown data, and where its joints are not the recipe's.
     """
-    if recipe.skeleton not in DATASETS.get(recipe.data, ()):
-        raise InputError(f"{recipe.skeleton} of {recipe.data!r} data; expected of: {DATASETS}")
+    if recipe.skeleton not in DATASETS.get(recipe.data, ()) or split not in SPLITS:
+        raise InputError(f"no {split} set of {recipe.skeleton} of {recipe.data}; known: {DATASETS}")
     sequences = load_dataset(recipe, folder, split)
-    sizes = {s.size for s in sequences}
-    if recipe.cameras == "random":  # images of any size
-        sizes = {(0, 0)}
-    rule = fitting_rule(recipe.normalise, sizes)
+    sizes = {(0, 0)} if recipe.cameras == "random" else {s.size for s in sequences}  # (0, 0): any
     store = FrameStore(
-        sequences, rule, SKELETONS[recipe.skeleton], device, recipe.target, recipe.cameras,
-        recipe.noise, recipe.missing, recipe.swap_sides)
+        sequences, fitting_rule(recipe.normalise, sizes), SKELETONS[recipe.skeleton], device,
+        recipe.target, recipe.cameras, recipe.noise, recipe.missing, recipe.swap_sides)
     if split == "test":
         store.redraw(TEST_DRAW)
     return store
@@ -1729,22 +1488,20 @@ def files_of(recipe, folder):
     Human3.6M comes from GridConv's archives (<keypoints>/ or h36m/<keypoints>/) where they are and
     VideoPose3D's files are not.
     """
-    folder, keypoints = Path(folder), recipe.keypoints
-    archives = [path for split in SPLITS for path in _archives(folder, split, keypoints)]
-    names = {
-        "h36m": ["data_3d_h36m.npz", f"data_2d_h36m_{keypoints}.npz"],
-        "gridconv": archives,
-        "humaneva": ["data_3d_humaneva15.npz", f"data_2d_humaneva15_{keypoints}.npz"],
-        "3dhp": ["data_train_3dhp.npz", "data_test_3dhp.npz"],
-        "mocap": ["data_3d_mocap.npz", f"data_2d_mocap_{keypoints}.npz"],
-        "synthetic": []}
-    paths = [folder / name for name in names[recipe.data]]
-    if recipe.data == "h36m" and keypoints == "gt":  # can be projected
-        paths.pop()
-    if recipe.data == "h36m" and recipe.skeleton == "h36m17":
-        named = all(path.exists() and path.parent != folder for path in archives)
-        if named and not all(path.exists() for path in paths):
-            return archives
+    data, folder, keypoints = recipe.data, Path(folder), recipe.keypoints
+    archives = _archives(folder, keypoints)
+    if data in ("synthetic", "gridconv"):
+        return archives if data == "gridconv" else []
+    name = "humaneva15" if data == "humaneva" else data
+    names = f"data_3d_{name}.npz", f"data_2d_{name}_{keypoints}.npz"
+    if data == "3dhp":
+        names = "data_train_3dhp.npz", "data_test_3dhp.npz"
+    if data == "h36m" and keypoints == "gt":  # can be projected
+        names = names[:1]
+    paths = [folder / name for name in names]
+    serve = recipe.skeleton == "h36m17" and archives[0].parent != folder
+    if data == "h36m" and serve and not all(path.exists() for path in paths):
+        return archives
     return paths
 
 
@@ -1753,94 +1510,38 @@ def missing_files(recipe, folder):
 
     A recipe that evaluates another's weights needs the test set's alone.
     """
-    paths = files_of(recipe, folder)
-    if recipe.weights:
-        paths = paths[-1:]
-    return [path.name for path in paths if not path.exists()]
-
-
-def listing(folder):
-    """The sorted names in a data folder, None where there is none; InputError: not readable."""
-    try:
-        return sorted(os.listdir(folder))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be listed ({error.strerror}); allow it") from None
-
-
-# data, keypoints, skeleton, what it allows to reproduce
-SETS = (
-    ("h36m", "gt", "h36m17",
-     "GridConv's P1* rows (Tables 2, 4, 5), GLA-GCN's gt rows (Tables 1, 4, 5)"),
-    ("h36m", "gt", "h36m32", "GridConv's 32-joint rows (Table 6)"),
-    ("h36m", "hrnet", "h36m17", "GridConv's P1 / P2 rows (Tables 1, 2, 5, A)"),
-    ("h36m", "cpn_ft_h36m_dbb", "h36m17", "GLA-GCN's CPN rows (Tables 1, 4)"),
-    ("humaneva", "gt", "humaneva15", "GLA-GCN's gt row (Table 2)"),
-    ("humaneva", "detectron_pt_coco", "humaneva15", "GLA-GCN's MRCNN row (Table 2)"),
-    ("3dhp", "gt", "3dhp17",
-     "GLA-GCN's rows (Table 3), by its test set alone GridConv's cross-dataset row (Table 3)"),
-    ("mocap", "gt", "h36m17", "the rows named mocap"))
+    first = -1 if recipe.weights else 0
+    return [path.name for path in files_of(recipe, folder)[first:] if not path.exists()]
 
 
 def check_folder(folder):
-    """(lines, unusable sets): what a folder holds, what that allows to reproduce, what is missing
-    and where it comes from."""
-    names = listing(folder)
-    if names is None:
-        raise InputError(f"{folder}: not found; name the data folder")
-    sets = list(SETS)
-    for name in names:  # 2D that no published row uses
-        match = re.fullmatch(r"data_2d_(h36m|humaneva|mocap)(?:15)?_(.+)\.npz", name)
-        if match and match.groups() not in {one[:2] for one in SETS}:
-            allows = f"no published row; any recipe with --keypoints {match[2]}"
-            sets.append((*match.groups(), DATASETS[match[1]][0], allows))
-    lines, unusable = [], 0
-    for data, keypoints, skeleton, allows in sets:
-        skip = "gridconv" if keypoints == "hrnet" else ""
-        recipe = SimpleNamespace(data=data, keypoints=keypoints, skeleton=skeleton, skip=skip,
-                                 actions=HUMANEVA_ACTIONS, weights="")
-        can, said = "allows", []
-        missing = missing_files(recipe, folder)
-        if missing:
+    """Prints what a folder holds, what that allows to reproduce, what is missing and where it
+    comes from. InputError at the end where a set cannot be used."""
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such folder")
+    unusable = False
+    for (data, keypoints), rows in SETS.items():
+        recipe = SimpleNamespace(data=data, keypoints=keypoints, skeleton=DATASETS[data][0],
+                                 skip="", actions=HUMANEVA_ACTIONS, weights="")
+        can, found = "allows", []
+        if missing := missing_files(recipe, folder):
             can = "not here; it would allow"
-            said = [f"missing: {', '.join(missing)}; {REGISTER.get(keypoints, REGISTER[data])}"]
+            found = [f"missing: {', '.join(missing)}; {REGISTER.get(keypoints, REGISTER[data])}"]
         for split in () if missing else SPLITS:
             try:
                 part = load_dataset(recipe, folder, split)
-                frames = sum(len(s.pose_3d) for s in part)
-                found = f"{len(part)} sequences, {frames:,} frames; {provenance(part)}"
+                frames = f"{sum(len(s.pose_3d) for s in part):,} frames"
+                found.append(f"{split}: {len(part)} sequences, {frames}; {provenance(part)}")
             except InputError as error:
-                can, found = "cannot be used; it would allow", f"cannot be used: {error}"
-                unusable += 1
-            said.append(f"{split}: {found}")
-        lines.append(f"{TITLE[data]}, 2D {keypoints}: {can} {allows}")
-        lines += [f"    {line}" for line in said]
-    return lines, unusable
+                can, unusable = "cannot be used; it would allow", True
+                found.append(f"{split}: cannot be used: {error}")
+        print(f"{TITLE[data]}, 2D {keypoints}: {can} {rows}", *found, sep="\n    ")
+    if unusable:
+        raise InputError(f"{folder}: not all can be used; see above")
 
 
 # --------------------------------------------------------------------------------------------------
 # The command line
-
-def above_0(text):
-    """The type of a command's rates and scales."""
-    value = math.nan
-    with suppress(ValueError):
-        value = float(text)
-    if not 0 < value <= 1000:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0 and up to 1000")
-    return value
-
-
-def _read_mapping(path):
-    """The dictionary {our joint: its joint} of a JSON file."""
-    mapping, ours = read_json(path), SKELETONS["h36m17"].joints
-    fits = isinstance(mapping, dict) and mapping.keys() <= {*ours}
-    if not fits or not all(isinstance(name, str) for name in mapping.values()):
-        raise InputError(f'--map {path}: expected {{"our joint": "its joint", ...}}, ours being '
-                         + ", ".join(ours))
-    return mapping
-
 
 def main(argv=None):
     """The command line: `bvh` and `check`."""
@@ -1849,27 +1550,25 @@ def main(argv=None):
     add = commands.add_parser("bvh", help="BVH clips to training pairs").add_argument
     add("folder")
     add("--out", default="data", help="folder for the two files (data)")
-    add("--name", default="mocap", help="of the set; the recipes read the one called mocap")
+    add("--name", default="mocap", help="of the set (mocap)")
     add("--test", required=True, help="regular expression: matching clips are the test set")
-    add("--map", dest="mapping", help="JSON file {our joint: its joint} for unusual skeletons")
-    add("--person", default="", help="which of several skeletons: how its top joint's name begins")
-    add("--scale", type=above_0, help="metres a file unit (such that legs are 0.90 m)")
+    add("--map", dest="mapping", help="JSON file {our joint: its joint}")
+    add("--scale", type=float, help="metres a file unit (legs of 0.90 m)")
     add("--up", default="y", choices=("y", "z"), help="the file's upward axis (y)")
-    add("--fps", type=above_0, help="resample to this rate (as recorded)")
-    add("--recorded-fps", type=above_0, help="the true rate, where the file states a wrong one")
+    add("--fps", type=float, help="resample to this rate (as recorded)")
+    add("--recorded-fps", type=float, help="the true rate, where the file states a wrong one")
     add("--skip", type=int, default=0, help="frames to leave out at the start, as a T-pose (0)")
-    check = commands.add_parser("check", help="what a data folder holds and allows to reproduce")
-    check.add_argument("folder")
+    commands.add_parser("check", help="what a data folder holds").add_argument("folder")
     options = vars(parser.parse_args(argv))
-    if options.pop("command") == "bvh":
-        if options["mapping"]:
-            options["mapping"] = _read_mapping(options["mapping"])
-        print(convert_bvh(**options))
-        return
-    lines, unusable = check_folder(**options)
-    print("\n".join(lines))
-    if unusable:
-        raise InputError(f"{options['folder']}: some sets cannot be used; see above")
+    if options.pop("command") == "check":
+        return check_folder(**options)
+    if path := options["mapping"]:
+        options["mapping"] = mapping = read_json(path)
+        ours = SKELETONS["h36m17"].joints
+        with described(f"--map {path}", f"expected {{our joint: its joint}} of {ours}"):
+            if mapping.keys() - {*ours} or {*map(type, mapping.values())} - {str}:
+                raise ValueError
+    print(convert_bvh(**options))
 
 
 if __name__ == "__main__":
