@@ -15,17 +15,14 @@ of rows for every table, one result (a dict), one `report` of it.
 """
 import argparse
 import difflib
-import itertools
 import json
 import math
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path
@@ -41,24 +38,21 @@ import gridconv
 from data import InputError, Parser
 
 # ----------------------------------------------------------------------------------------------
-# Metrics: (frames, J, 3) tensors in metres in, one Python float out
+# Metrics for users: (frames, J, 3) tensors in metres in, a float out; `score` computes the same
 
 def exact(pose):
     """The pose in float64, on its device; on the CPU where the device (Apple's mps) has none."""
-    if pose.device.type == "mps":
-        pose = pose.cpu()
-    return pose.detach().double()
+    return (pose.cpu() if pose.device.type == "mps" else pose).detach().double()
 
 
 def check_pair(prediction, target):
     """Both poses in float64; InputError unless both are finite (frames, J, 3) of one shape."""
     for name, pose in (("prediction", prediction), ("target", target)):
-        found = tuple(pose.shape) if torch.is_tensor(pose) else type(pose).__name__
-        if not torch.is_tensor(pose) or pose.ndim != 3 or pose.shape[2] != 3 or 0 in pose.shape:
-            raise InputError(f"{name}: (frames, joints, 3) in metres expected, {found} found")
-        bad = (~pose.isfinite()).flatten(1).any(1).nonzero()
-        if len(bad):
-            raise InputError(f"{name}: NaN or infinite coordinates in frame {bad[0].item()}")
+        if not torch.is_tensor(pose) or pose.shape[2:] != (3,) or pose.numel() == 0:
+            found = f"{type(pose).__name__} {tuple(np.shape(pose))}"
+            raise InputError(f"{name}: {found}; expected a tensor (frames, joints, 3)")
+        if not pose.isfinite().all():
+            raise InputError(f"{name}: NaN or infinite coordinates")
     if prediction.shape != target.shape:
         raise InputError(f"prediction {[*prediction.shape]} and target {[*target.shape]} differ")
     return exact(prediction), exact(target)
@@ -151,33 +145,6 @@ def auc(prediction, target):
 # ----------------------------------------------------------------------------------------------
 # Devices
 
-OTHERWISE = "install an older torch (pytorch.org: previous versions) or give --device cpu"
-
-
-def check_driver():
-    """InputError where there is an NVIDIA driver that torch cannot use, unless it is hidden."""
-    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError):
-        return
-    driver = re.search(r"\d{3}\.\d+(\.\d+)?", said)  # 535.104.05
-    if driver:
-        raise InputError(f"NVIDIA driver {driver[0]} is of no use to torch {torch.__version__} "
-                         f"(CUDA 13 needs 580 or newer): update it, {OTHERWISE}")
-
-
-def check_card(device):
-    """InputError where this build of torch has no code for a CUDA device's architecture."""
-    major, minor = torch.cuda.get_device_capability(device)
-    least = min(int(re.search(r"\d+", name)[0]) for name in torch.cuda.get_arch_list())  # sm_75
-    if 10 * major + minor < least:
-        card = torch.cuda.get_device_name(device)
-        raise InputError(f"{card} has capability {major}.{minor}, below {least / 10}: {OTHERWISE}")
-
-
 def pick_device(name=None, precision="auto"):
     """(device, precision): the one place that picks a device and sets how it multiplies.
 
@@ -186,21 +153,20 @@ def pick_device(name=None, precision="auto"):
     matrix products and convolutions alike) and float32 elsewhere; float32, tf32 and bf16 stay.
     InputError: an unknown or unusable device, an NVIDIA driver or card that this torch cannot use.
     """
-    if name is None or name.startswith("cuda"):
-        check_driver()
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and torch.cuda.is_available():
-            torch.cuda.set_device(device)
-            check_card(device)
-        torch.zeros(1, device=device).cpu()  # a meta device has no numbers to give back
-    except (AssertionError, ImportError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"--device {name}: unusable here ({reason}); --device cpu works") from None
+    with warnings.catch_warnings():
+        # torch's own warnings of a driver too old for it and of a card that it has no code for
+        warnings.filterwarnings("error", r"(?s).*(driver|capability)")
+        try:
+            name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+            if name == "cuda":
+                name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            device = torch.device(name)
+            if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+                torch.cuda.set_device(device)
+            torch.zeros(1, device=device).cpu()  # a meta device has no numbers to give back
+        except (AssertionError, ImportError, RuntimeError, Warning) as error:
+            raise InputError(f"--device {name or 'cuda'}: {one_line(error)[:400]}; --device cpu, "
+                             f"or an older torch than {torch.__version__} (driver 580)") from None
     if precision == "auto":
         precision = "tf32" if device.type == "cuda" else "float32"
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
@@ -210,9 +176,8 @@ def pick_device(name=None, precision="auto"):
 
 def device_name(device):
     """What a device is called in reports."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, threads: {torch.get_num_threads()}"
+    threads = f"{device.type}, threads: {torch.get_num_threads()}"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else threads
 
 
 # ----------------------------------------------------------------------------------------------
@@ -224,50 +189,37 @@ NETWORKS = {
                  ("hidden", "blocks", "kernel_sizes", "padding", "dropout")),
     "gridconv-temporal": (gridconv.TemporalGridLiftingNetwork,
                           ("filter_widths", "hidden", "padding", "dropout")),
-    "glagcn": (glagcn.GLAGCN,
-               ("filter_widths", "channels", "reconstruct", "reconstruct_blocks",
-                "unshared_weight", "dropout", "causal", "adaptive", "temporal", "head",
-                "normalisation", "input_norm")),
+    "glagcn": (glagcn.GLAGCN, (
+        "filter_widths", "channels", "reconstruct", "reconstruct_blocks", "unshared_weight",
+        "dropout", "causal", "adaptive", "temporal", "head", "normalisation", "input_norm")),
     "fc": (gridconv.FullyConnectedLifter, ("hidden", "blocks", "dropout")),
     "gcn": (gridconv.GraphConvLifter, ("hidden", "blocks", "dropout"))}
-HANDCRAFTED = {(17, (5, 5)): gridconv.HANDCRAFTED_5X5, (32, (7, 5)): gridconv.HANDCRAFTED_7X5}
-LAYOUTS = ("handcrafted", "released", "random", "row", "column", "global", "autogrids",
-           "autogrids-random")
-
-
-def tuples(value, depth=3):
-    """Lists, as a file keeps them, back into tuples; ValueError for what no recipe holds."""
-    if not isinstance(value, (list, tuple)):
-        return value
-    if depth == 0 or len(value) > 100:
-        raise ValueError("lists nested deeper or longer than a recipe's")
-    return tuple(tuples(part, depth - 1) for part in value)
+DESIGNED = {("handcrafted", 17, (5, 5)): gridconv.HANDCRAFTED_5X5,
+            ("handcrafted", 32, (7, 5)): gridconv.HANDCRAFTED_7X5,
+            ("released", 17, (5, 5)): gridconv.RELEASED_5X5}
 
 
 def grid_layout(recipe):
     """The layout that a GridConv recipe names: a nested tuple of joints, or an AutoGrids.
 
-    "row", "column" and "global" are shuffles of the handcrafted one (Table B)."""
+    One of DESIGNED; "random"; "row", "column" and "global", shuffles of the handcrafted one (Table
+    B); "autogrids", which starts from the handcrafted one, or "autogrids-random"."""
     joints = len(data.SKELETONS[recipe.skeleton].joints)
-    grid, name, seed = tuples(recipe.grid), recipe.layout, recipe.layout_seed
-    if name not in LAYOUTS:
-        raise InputError(f"layout {name!r}: {', '.join(LAYOUTS)} expected")
-    designed = HANDCRAFTED.get((joints, grid))
+    name, grid, seed = recipe.layout, recipe.grid, recipe.layout_seed
+    handcrafted = DESIGNED.get(("handcrafted", joints, grid))
     if name == "random":
         return gridconv.random_layout(joints, grid, seed)
-    if name == "autogrids" and designed:
-        return gridconv.AutoGrids(joints, grid, prior=designed)
     if name in ("autogrids", "autogrids-random"):
+        prior = handcrafted if name == "autogrids" else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # which alone decides the start: see learnt_grid
-            return gridconv.AutoGrids(joints, grid, prior="random")
-    if designed is None or (name == "released" and joints != 17):
-        raise InputError(f"no {name} layout of {joints} joints on {grid[0]} x {grid[1]}")
-    if name == "released":
-        return gridconv.RELEASED_5X5
-    if name == "handcrafted":
-        return designed
-    return gridconv.shuffle_layout(designed, name, seed)
+            return gridconv.AutoGrids(joints, grid, prior or "random")
+    if name in ("row", "column", "global") and handcrafted:
+        return gridconv.shuffle_layout(handcrafted, name, seed)
+    if (name, joints, grid) not in DESIGNED:
+        raise InputError(f"no layout {name!r} of {joints} joints on {grid[0]} x {grid[1]}; random "
+                         "and autogrids fit every one")
+    return DESIGNED[name, joints, grid]
 
 
 def glagcn_edges(skeleton, keypoints, input_norm):
@@ -291,25 +243,24 @@ def build_model(recipe):
     for its method, and for grids layout, layout_seed, grid, temperature and attention. Unknown
     names and impossible sizes are a ValueError.
     """
-    if recipe.method not in NETWORKS:
-        raise InputError(f"method {recipe.method!r}: {', '.join(NETWORKS)} expected")
-    if recipe.skeleton not in data.SKELETONS:
-        raise InputError(f"skeleton {recipe.skeleton!r}: {', '.join(data.SKELETONS)} expected")
-    method, skeleton = recipe.method, data.SKELETONS[recipe.skeleton]
-    network, fields = NETWORKS[method]
-    options = {name: tuples(getattr(recipe, name)) for name in fields}
-    if method in ("gridconv", "gridconv-temporal"):
-        options["layout"] = grid_layout(recipe)
-    if method == "gridconv":
-        options["attention"] = recipe.attention or None
-    if method == "glagcn":
+    if recipe.method not in NETWORKS or recipe.skeleton not in data.SKELETONS:
+        raise InputError(f"method {recipe.method!r}, skeleton {recipe.skeleton!r}: expected one of "
+                         f"{', '.join(NETWORKS)}; one of {', '.join(data.SKELETONS)}")
+    network, fields = NETWORKS[recipe.method]
+    skeleton = data.SKELETONS[recipe.skeleton]
+    options = {name: getattr(recipe, name) for name in fields}
+    if recipe.method == "glagcn":
         options["edges"] = glagcn_edges(recipe.skeleton, recipe.keypoints, recipe.input_norm)
-    if method == "gcn":
+    elif recipe.method == "gcn":
         options["edges"] = skeleton.edges
+    elif recipe.method == "gridconv":
+        options["attention"] = recipe.attention or None
+    if recipe.method.startswith("gridconv"):
+        options["layout"] = grid_layout(recipe)
     model = network(len(skeleton.joints), **options)
     if "layout" in options:
         if not 0 < recipe.temperature < math.inf:
-            raise InputError(f"temperature {recipe.temperature}: a number above 0 expected")
+            raise InputError(f"temperature {recipe.temperature}: above 0 expected")
         model.temperature = recipe.temperature
     model.recipe = recipe
     return model
@@ -327,98 +278,84 @@ RELEASED_GLAGCN = dict(RELEASED, method="glagcn", skeleton=None, data=None, filt
 # What neither release's files nor this project's older ones say.
 NOT_SAID = dict(cameras="recorded", noise=0.0, missing=0.0, swap_sides=False, weights="",
                 actions=data.HUMANEVA_ACTIONS, normalisation="column", input_norm=True)
-FACTS = ("padding", "filter_widths", "skeleton")  # which a release's file does not say
 CHOICES = ("data", "keypoints", "cameras")  # what any model can be measured on
 # What data.provenance calls the training data of the papers' models.
-TRAINED_ON = {"h36m": "Human3.6M", "gridconv": "Human3.6M",
-              "humaneva": "files in HumanEva-I layout", "3dhp": "files in MPI-INF-3DHP layout"}
+TRAINED_ON = {**data.GENUINE, "3dhp": "files in MPI-INF-3DHP layout"}
 
 
 def released_gridconv(state, recipe):
-    """(model, recipe) of GridConv's weights, which do not say the padding.
+    """(model, what these fields are) of GridConv's weights, which do not say the padding.
 
     The 2D follows from the padding where there is attention: zeros went with HRNet's."""
-    padding = recipe["padding"]
+    padding, attention = recipe["padding"], "atten_conv1.fc.weight" in state
     if not padding:
-        raise InputError("it does not say its padding: give --padding circular,replicate")
+        raise InputError("padding not said: give --padding circular,replicate")
     model = gridconv.from_released(state, padding)
-    attention = "atten_conv1.fc.weight" in state
     keypoints = "hrnet" if attention and "zeros" in padding else "gt"
     name, layout = f"gridconv-{keypoints}", "released"
     if model.autogrids is not None:
         name, layout = f"{name}-learnable", "autogrids"
-    return model, {**recipe, "name": name, "keypoints": keypoints, "layout": layout}
+    return model, {"name": name, "keypoints": keypoints, "layout": layout}
 
 
 def released_glagcn(state, recipe):
-    """(model, recipe) of GLA-GCN's weights, which say neither filter widths nor 17 joints' links.
+    """(model, fields) of GLA-GCN's weights, which say neither filter widths nor 17 joints' links.
 
     HumanEva-I's 2D decides between two lists of links and about the input's batch norm."""
-    if "expand_gcn.gcn1.PA" not in state:
-        raise InputError("no expand_gcn of a released GLA-GCN in it")
-    joints = state["expand_gcn.gcn1.PA"].shape[-1]  # of (3, J, J)
-    widths, keypoints = recipe["filter_widths"], recipe["keypoints"]
-    skeleton = recipe["skeleton"] or ("humaneva15" if joints == 15 else None)
-    if not widths or skeleton is None:
-        raise InputError("give --filter-widths, as 3,3,3, and --skeleton h36m17 or 3dhp17")
-    if skeleton == "humaneva15" and keypoints is None:
-        raise InputError("its 2D decides its links: give --keypoints gt or detectron_pt_coco")
-
+    widths, skeleton, keypoints = recipe["filter_widths"], recipe["skeleton"], recipe["keypoints"]
+    if skeleton is None and state["expand_gcn.gcn1.PA"].shape[-1] == 15:  # of (3, J, J)
+        skeleton = "humaneva15"
+    if not widths or skeleton is None or (skeleton, keypoints) == ("humaneva15", None):
+        raise InputError("give --filter-widths, as 3,3,3, --skeleton h36m17 or 3dhp17, and for "
+                         "15 joints --keypoints gt or detectron_pt_coco")
     norm = (skeleton, keypoints) != ("humaneva15", "detectron_pt_coco")
-    edges = glagcn_edges(skeleton, keypoints, norm)
-    model = glagcn.from_released(state, filter_widths=widths, edges=edges, input_norm=norm)
-    home = {"h36m17": "h36m", "humaneva15": "humaneva", "3dhp17": "3dhp"}[skeleton]
-    name = {part: name for name, part in NAMED_2D.items()}.get(keypoints, "other")
-    name = f"glagcn-humaneva-{name}" if joints == 15 else f"glagcn-{name}-{math.prod(widths)}"
-    said = {"name": name, "skeleton": skeleton, "data": home, "input_norm": norm}
-    return model, {**recipe, **said}
+    model = glagcn.from_released(state, widths, glagcn_edges(skeleton, keypoints, norm), norm)
+
+    part = {part: name for name, part in NAMED_2D.items()}.get(keypoints, "other")
+    name = f"humaneva-{part}" if skeleton == "humaneva15" else f"{part}-{math.prod(widths)}"
+    return model, {"name": f"glagcn-{name}", "skeleton": skeleton, "input_norm": norm,
+                   "data": skeleton[:-2]}  # "h36m" of "h36m17"
 
 
 def own_model(state, recipe):
-    """(model, recipe) of this project's weights."""
-    for name in (*CHOICES, "name", "method", "skeleton", "target", "normalise", "flip_test"):
-        if name not in recipe:
-            raise InputError(f"its recipe does not say its {name}; take another")
+    """(model, fields to show) of this project's weights."""
+    said = {*CHOICES, "name", "method", "skeleton", "target", "normalise", "flip_test"}
     # Even without memory a network takes time for each block, and for each tap of each cell.
-    blocks = max(recipe.get("blocks", 0), recipe.get("reconstruct_blocks", 0))
-    first, inner, last = recipe.get("kernel_sizes", (1, (1,), 1))
-    taps = math.prod(recipe.get("grid", ())) * max(first, *inner, last) ** 2
-    if blocks > len(state) or taps > 10 ** 5:
-        raise InputError("weights and recipe do not fit: a larger network than they are")
+    blocks = max(recipe["blocks"], recipe["reconstruct_blocks"])
+    taps = math.prod(recipe["grid"]) * np.hstack(recipe["kernel_sizes"]).max() ** 2
+    if said - recipe.keys() or blocks > len(state) or taps > 10 ** 5:
+        raise InputError("weights and recipe do not fit; take another")
     model = build_model(SimpleNamespace(**recipe))
     model.load_state_dict(state)
-    return model, recipe
+    return model, {"name": one_line(recipe["name"])}
 
 
-def recognise(content):
-    """(build, recipe, state): how to read what a checkpoint holds; InputError: it is none."""
-    content = content if isinstance(content, dict) else {type(content).__name__: None}
+def tuples(value, depth=3):
+    """Lists, as a file keeps them, back into tuples; what no recipe holds, deeper or longer ones,
+    is left out."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple(tuples(part, depth - 1) for part in value[:100] if depth)
+
+
+def recognise(content, size):
+    """(build, recipe, state): how to read what a checkpoint file of `size` bytes holds."""
     build, recipe, state = released_gridconv, RELEASED_GRIDCONV, content.get("state_dict")
     if "model_pos" in content:
         build, recipe, state = released_glagcn, RELEASED_GLAGCN, content["model_pos"]
-    if content.get("format") == "poselift":
-        if content.get("version") != 1:
-            raise InputError(f"version {content.get('version')!s:.20}: take newer code")
-        build, recipe, state = own_model, content.get("recipe"), content.get("model")
-    weights = state.values() if isinstance(state, dict) else [None]
-    if not isinstance(recipe, dict) or not all(map(torch.is_tensor, weights)):
-        found = ", ".join(sorted(map(str, content))) or "nothing"
-        raise InputError(f"no checkpoint of this project or of a release: it holds {found:.200}")
-    recipe = {**NOT_SAID, **recipe}
-    if content.get("temperature") is not None:
-        recipe["temperature"] = content["temperature"]  # that of the epoch, where it is annealed
-    return build, recipe, state
-
-
-def checked_state(state, size):
-    """The weights of a file of `size` bytes by their plain names: DataParallel and torch.compile
-    put a prefix before each. InputError: values that the file only claims, NaN and infinities."""
+    if (content.get("format"), content.get("version")) == ("poselift", 1):
+        build, recipe, state = own_model, content["recipe"], content["model"]
     if sum(value.nbytes for value in state.values()) > size:
-        raise InputError("its weights claim more than the file holds: fetch it again")
+        raise InputError("weights claim more than the file holds: fetch it again")
     for name, value in state.items():
         if not value.isfinite().all():
-            raise InputError(f"{name}: NaN or infinite weights; take another checkpoint")
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): state[name] for name in state}
+            raise InputError(f"{name}: NaN or infinite; take another")
+    # DataParallel and torch.compile put a prefix before each name
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", name): state[name] for name in state}
+    recipe = {name: tuples(value) for name, value in (NOT_SAID | recipe).items()}
+    if content.get("temperature") is not None:  # of former versions, which annealed it
+        recipe["temperature"] = content["temperature"]
+    return build, recipe, state
 
 
 def load_model(path, **overrides):
@@ -427,37 +364,34 @@ def load_model(path, **overrides):
     It has `.recipe` (a SimpleNamespace; `crossed` says that it is to be measured on other data or
     2D than it was trained on), `.epoch`, `.licence` and `.trained_on`. Reads this project's
     checkpoints and both releases', told apart by their contents; nothing in a file is executed.
-    Overrides (None: not given) are recipe fields: FACTS say what a release's file does not,
-    CHOICES what to measure on. A needed one that is missing, an unknown one, a file that is
-    damaged or something else, and weights that do not fit are an InputError that names the file.
+    Overrides (None: not given) are recipe fields: what a release's file does not say (None in
+    RELEASED_...), and CHOICES of what to measure on. A needed one that is missing, an unknown one,
+    a file that is damaged, claims more than it holds or is something else, weights that do not
+    fit, NaN and infinities are an InputError that names the file.
     """
-    content = data.read_torch(path, remedy="name a checkpoint", inert=True)
+    content = data.read_torch(path, remedy="name a checkpoint (lift: --model)", inert=True)
     given = {name: value for name, value in overrides.items() if value is not None}
     try:
-        build, known, state = recognise(content)
-        facts = () if build is own_model else FACTS
-        for name in given:
-            if name not in known or name not in (*facts, *CHOICES):
+        build, known, state = recognise(content, Path(path).stat().st_size)
+        for name, value in given.items():
+            if name not in CHOICES and known.get(name, "said") is not None:
                 raise InputError(f"its {name} cannot be chosen: leave the option out")
-            if name in facts or known[name] is None:
-                known[name] = given[name]
-        known = {name: tuples(value) for name, value in known.items()}
-        state = checked_state(state, Path(path).stat().st_size)
+            known[name] = known[name] or tuples(value)
         with warnings.catch_warnings(), torch.device("meta"):  # shapes first, memory after
             warnings.simplefilter("ignore")  # that these tensors take no values
             build(state, known)
-        model, recipe = build(state, known)
+        model, said = build(state, known)
     except ValueError as error:
-        raise InputError(f"{path}: {' '.join(str(error).split()):.500}") from None
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError):
-        raise InputError(f"{path}: weights and recipe do not fit; take another") from None
-    chosen = {name: given.get(name, recipe[name]) for name in CHOICES}
-    chosen["name"] = one_line(recipe["name"])
-    crossed = any(chosen[name] != recipe[name] for name in CHOICES)
-    licence = content.get("licence")
-    model.recipe = SimpleNamespace(**{**recipe, **chosen, "crossed": crossed})
+        raise InputError(f"{path}: {one_line(error):.500}") from None
+    except Exception:  # what a foreign structure raises where it is taken apart
+        raise InputError(f"{path}: no checkpoint of version 1 or a release, or "
+                         "weights and recipe do not fit; take another") from None
+
+    recipe = known | said
+    measured = recipe | {name: given[name] for name in CHOICES if name in given}
+    model.recipe = SimpleNamespace(**measured | {"crossed": measured != recipe})
     model.epoch = content.get("epoch")
-    model.licence = one_line(licence) if licence else None
+    model.licence = one_line(content.get("licence") or "")
     model.trained_on = content.get("data", TRAINED_ON.get(str(recipe["data"]), ""))
     return model.eval()
 
@@ -465,64 +399,49 @@ def load_model(path, **overrides):
 # ----------------------------------------------------------------------------------------------
 # Predictions and scores over a frame store
 
-def mirrored(pose, mirror):
-    """Poses (..., J, 2|3) with x negated and left and right exchanged; `mirror` (J,): see Skeleton.
-
-    data.flip for tensors, without a constant to copy to the device at every call."""
-    pose = pose.index_select(-2, mirror)
-    pose[..., 0] *= -1
-    return pose
-
-
 @torch.no_grad()
-def predict(model, store, index=None, flip=False, refinement=None, batch=None):
-    """Root-relative poses (n, J, 3) in metres, on the store's device, of its frames `index`.
+def predict(model, store, flip=False, refinement=None, batch=None):
+    """Root-relative poses (N, J, 3) in metres of a store's frames, on its device.
 
-    All frames by default, `batch` at a time. The window around each is the model's
-    `receptive_field`. `flip` averages with the prediction for the mirrored input, mirrored back
-    (VideoPose3D's test-time augmentation). `refinement` is GLA-GCN's, which re-projects with the
-    frames' true root positions and intrinsics. Modules are left in the mode that they were in.
+    `batch` at a time. The window around each frame is the model's `receptive_field`. `flip`
+    averages with the prediction for the mirrored input, mirrored back (VideoPose3D's test-time
+    augmentation). `refinement` is GLA-GCN's, which re-projects with the frames' true root
+    positions and intrinsics. All are left in the model's mode.
     """
-    weight, device = next(model.parameters()), store.input.device
+    weight = next(model.parameters())
     frames, causal = model.receptive_field, getattr(model, "causal", False)
-    if index is None:
-        index = torch.arange(len(store))
-    if batch is None:  # on a CPU what stays in its cache: twice as fast
-        most, most_frames = (4096, 32768) if weight.is_cuda else (256, 2048)
-        batch = max(1, min(most, most_frames // frames))
-    mirror = torch.tensor(store.skeleton.mirror, device=device)
-    networks = torch.nn.ModuleList([model, refinement or torch.nn.Identity()])
-    training = [module for module in networks.modules() if module.training]
-    networks.eval()
+    # on a CPU what stays in its cache: twice as fast
+    most, most_frames = (4096, 32768) if weight.is_cuda else (256, 2048)
+    batch = batch or max(1, min(most, most_frames // frames))
+    training = model.training
+    networks = torch.nn.ModuleList([model, refinement or torch.nn.Identity()]).eval()
     poses = []
-    for part in torch.as_tensor(index).to(device).split(batch):
-        window, _ = store.batch(part, frames=frames, causal=causal)  # (B, J, 2) or (B, T, J, 2)
-        window = window.to(weight)
+    for part in torch.arange(len(store), device=store.input.device).split(batch):
+        window = store.batch(part, frames, causal)[0].to(weight)  # (B, J, 2) or (B, T, J, 2)
         pose = model(window)
         if flip:
-            pose = (pose + mirrored(model(mirrored(window, mirror)), mirror)) / 2
+            pose = (pose + store.mirrored(model(store.mirrored(window)))) / 2
         pose = store.to_camera(pose.to(store.pose_3d), part)
         if refinement is not None:
             intrinsics = store.normalised_intrinsics(part)
             pose = refinement(pose, store.input[part], intrinsics, store.root[part])
         poses.append(pose)
-    for module in training:
-        module.training = True
+    networks.train(training)
     return torch.cat(poses)
 
 
 def evaluate(model, store, flip=False, refinement=None):
     """The `score` of a model's predictions (see `predict`) for every frame of a store."""
-    return score(predict(model, store, flip=flip, refinement=refinement), store)
+    return score(predict(model, store, flip, refinement), store)
 
 
 METRICS = {"mpjpe": "MPJPE", "pck": "PCK", "auc": "AUC", "p_mpjpe": "P-MPJPE",
            "n_mpjpe": "N-MPJPE", "mpjve": "MPJVE"}
+# What a row's figure is a mean over: its frames, or its pairs of consecutive frames.
+COUNTED = dict.fromkeys(METRICS, "frames") | {"mpjve": "pairs"}
 # The 14 joints that MPI-INF-3DHP's own tool counts: all but pelvis, spine and head, which are 0, 7
 # and 9 in Human3.6M's order.
 JOINTS_3DHP = {"3dhp17": [*range(14)], "h36m17": [1, 2, 3, 4, 5, 6, 8, 10, 11, 12, 13, 14, 15, 16]}
-SCENES_3DHP = {"TS1": "studio, green screen", "TS2": "studio, green screen", "TS3": "studio",
-               "TS4": "studio", "TS5": "outdoor", "TS6": "outdoor"}
 
 
 @torch.no_grad()
@@ -536,78 +455,59 @@ def score(prediction, store, chunk=16384):
     (%) over the benchmark's 14 joints; MPJPE is over all 17.
     """
     prediction, target = check_pair(prediction, store.pose_3d)
-    kind, benchmark = protocol(store), None
+    valid, sequence = store.valid.to(target.device), store.sequence.to(target.device)
+    kind = protocol(store)
     if kind == "3dhp":
-        benchmark = JOINTS_3DHP[store.skeleton.name]
         prediction = prediction.clone()
         prediction[:, store.skeleton.root] = 0
     sums = 0.0
     for part in torch.arange(len(store), device=target.device).split(chunk):
-        names, more = sums_by_sequence(prediction, target, store, part, benchmark)
-        sums = sums + more
-    rows = []
-    for sequence, values in zip(store.sequences, sums.tolist()):  # the one transfer to the host
-        action = sequence.action.split(" ")[0]  # of "Eating 1"
-        row = {"subject": sequence.subject, "action": action}
+        pose, true = prediction[part], target[part]
+        errors = distance(pose, true)
+        figures = {"mpjpe": errors.mean(1)}
         if kind == "3dhp":
-            row["scene"] = SCENES_3DHP[sequence.subject]
-        row |= zip(names, values)
-        row |= {name: round(row[name]) for name in ("frames", "pairs")}
-        for name in METRICS:
-            if name in row:
-                count = row[weight_of(name)]
-                row[name] = row[name] / count if count else None
+            errors = errors[:, JOINTS_3DHP[store.skeleton.name]]
+            figures |= {"pck": below(errors, 150), "auc": area(errors)}
+        figures["p_mpjpe"] = distance(align(pose, true), true).mean(1)
+        figures["n_mpjpe"] = distance(rescale(pose, true), true).mean(1)
+
+        # a velocity belongs to the first of two frames: both valid, and of one sequence
+        after = (part + 1).clamp(max=len(store) - 1)
+        figures["mpjve"] = distance(prediction[after] - pose, target[after] - true).mean(1)
+        paired = valid[part] & valid[after] & (sequence[part] == sequence[after]) & (after > part)
+
+        counts = {"frames": valid[part].double(), "pairs": paired.double()}
+        columns = [figure * counts[COUNTED[name]] for name, figure in figures.items()]
+        columns += counts.values()
+        more = errors.new_zeros(len(store.sequences), len(columns))
+        sums = sums + more.index_add_(0, sequence[part], torch.stack(columns, 1))
+
+    rows = []
+    for clip, (*totals, frames, pairs) in zip(store.sequences, sums.tolist()):  # to the host once
+        row = {"subject": clip.subject, "action": clip.action.split(" ")[0]}  # of "Eating 1"
+        row |= {"frames": round(frames), "pairs": round(pairs)}
+        for name, total in zip(figures, totals):
+            count = row[COUNTED[name]]
+            row[name] = total / count if count else None
         rows.append(row)
     return {**headline(rows, kind), "rows": rows}
-
-
-def sums_by_sequence(prediction, target, store, part, benchmark):
-    """(names, (S, names)): sums over each sequence's frames among `part` (n,), consecutive ones.
-
-    A velocity belongs to the first of two frames: both valid, and of one sequence."""
-    after = (part + 1).clamp(max=len(store) - 1)
-    motion, true_motion = prediction[after] - prediction[part], target[after] - target[part]
-    valid, sequence = store.valid.to(part.device), store.sequence.to(part.device)
-    paired = valid[part] & valid[after] & (sequence[part] == sequence[after]) & (after > part)
-
-    pose, target = prediction[part], target[part]
-    errors = distance(pose, target)
-    one = torch.ones_like(errors[:, 0])
-    values = {"frames": one, "pairs": one, "mpjpe": errors.mean(1)}
-    if benchmark is not None:
-        values["pck"] = below(errors[:, benchmark], 150)
-        values["auc"] = area(errors[:, benchmark])
-    values["p_mpjpe"] = distance(align(pose, target), target).mean(1)
-    values["n_mpjpe"] = distance(rescale(pose, target), target).mean(1)
-    values["mpjve"] = distance(motion, true_motion).mean(1)
-    table = torch.stack(list(values.values()), 1)
-    counted = [paired if name in ("pairs", "mpjve") else valid[part] for name in values]
-    table = torch.where(torch.stack(counted, 1), table, 0.0)
-    sums = table.new_zeros(len(store.sequences), len(values))
-    return list(values), sums.index_add_(0, sequence[part], table)
-
-
-def weight_of(metric):
-    """What a row's figure is a mean over: its frames, or its pairs of frames."""
-    return "pairs" if metric == "mpjve" else "frames"
 
 
 def mean(rows, by=None, weighted=True):
     """The rows as one, each figure the mean over all their frames; with `by` {group: row}.
 
-    `by` names a column ("action", "subject", "scene"), or several: then groups are tuples.
+    `by` names a column ("action", "subject"), or several: then groups are tuples.
     weighted=False is the plain average over the rows that have the figure."""
     if by is not None:
-        group_of = itemgetter(by) if isinstance(by, str) else itemgetter(*by)
-        groups = {}
-        for row in rows:
-            groups.setdefault(group_of(row), []).append(row)
-        return {group: mean(some, None, weighted) for group, some in groups.items()}
+        key = itemgetter(by) if isinstance(by, str) else itemgetter(*by)
+        groups = dict.fromkeys(map(key, rows))
+        return {group: mean([row for row in rows if key(row) == group], None, weighted)
+                for group in groups}
     whole = {name: sum(row[name] for row in rows) for name in ("frames", "pairs")}
     for name in METRICS:
         if name in rows[0]:
             counted = [row for row in rows if row[name] is not None]
-            weights = [row[weight_of(name)] if weighted else 1 for row in counted]
+            weights = [row[COUNTED[name]] if weighted else 1 for row in counted]
             total = sum(row[name] * weight for row, weight in zip(counted, weights))
             whole[name] = total / sum(weights) if counted else None
     return whole
@@ -615,21 +515,20 @@ def mean(rows, by=None, weighted=True):
 
 def protocol(store):
     """Whose protocol a store's figures are averaged by: h36m, humaneva, 3dhp, or "" for none."""
-    if all(sequence.subject in SCENES_3DHP for sequence in store.sequences):
+    first = store.sequences[0]  # all are of one dataset
+    if first.subject in data.MPI3DHP_VALID:
         return "3dhp"
     if store.skeleton.name == "humaneva15":
         return "humaneva"
-    layout = "files in Human3.6M layout"
-    return "h36m" if all(s.source.startswith(layout) for s in store.sequences) else ""
+    return "h36m" if first.source.startswith(data.LAYOUT["h36m"]) else ""
 
 
 def headline(rows, kind):
     """The figures that papers quote, from rows: unweighted over the actions on Human3.6M, over the
     pairs of action and subject on HumanEva-I; elsewhere over all (3DHP: valid) frames."""
-    columns = {"h36m": "action", "humaneva": ("action", "subject")}
-    if kind not in columns:
-        return mean(rows)
-    return mean(list(mean(rows, columns[kind]).values()), weighted=False)
+    by = {"h36m": "action", "humaneva": ("action", "subject")}.get(kind)
+    groups = list(mean(rows, by).values()) if by else rows
+    return mean(groups, weighted=not by)
 
 
 @torch.no_grad()
@@ -644,24 +543,23 @@ def yardsticks(train_store, test_store, chunk=65536):
     train_store.redraw(0)  # not the epoch's that came last
 
     def parts(store):
-        """Inputs (n, J*2) and poses (n, J*3) of the valid frames, chunk by chunk."""
+        """Inputs (n, J*2) and poses (n, J, 3) of the valid frames, chunk by chunk."""
         for part in torch.arange(len(store), device=store.input.device).split(chunk):
             part = part[store.valid[part]]
-            yield exact(store.input[part].flatten(1)), exact(store.pose_3d[part].flatten(1))
+            yield exact(store.input[part].flatten(1)), exact(store.pose_3d[part])
 
     count = train_store.valid.sum().item()
     mean_x = sum(x.sum(0) for x, _ in parts(train_store)) / count
     mean_y = sum(y.sum(0) for _, y in parts(train_store)) / count
     gram = sum((x - mean_x).T @ (x - mean_x) for x, _ in parts(train_store))  # (2J, 2J)
-    cross = sum((x - mean_x).T @ (y - mean_y) for x, y in parts(train_store))  # (2J, 3J)
+    cross = sum((x - mean_x).T @ (y - mean_y).flatten(1) for x, y in parts(train_store))  # (2J, 3J)
     weight = torch.linalg.pinv(gram.cpu(), rtol=1e-13, hermitian=True).to(gram.device) @ cross
 
     totals = {"mean_pose": 0.0, "affine": 0.0}
     for x, y in parts(test_store):
-        guesses = {"mean_pose": mean_y.expand_as(y), "affine": mean_y + (x - mean_x) @ weight}
-        for name, guess in guesses.items():
-            errors = distance(guess.unflatten(1, (-1, 3)), y.unflatten(1, (-1, 3)))
-            totals[name] += errors.mean(1).sum()
+        totals["mean_pose"] += distance(mean_y, y).mean(1).sum()
+        affine = mean_y + ((x - mean_x) @ weight).view_as(y)
+        totals["affine"] += distance(affine, y).mean(1).sum()
     return {name: (total / test_store.valid.sum()).item() for name, total in totals.items()}
 
 
@@ -704,7 +602,6 @@ PAPER = {
     "glagcn-humaneva-gt": {"p_mpjpe": (8.7, 6.8, 11.5, 10.1, 8.2, 9.9, 9.2)}}
 # The 2D that a part of a published row's name stands for.
 NAMED_2D = {"gt": "gt", "hrnet": "hrnet", "cpn": "cpn_ft_h36m_dbb", "mrcnn": "detectron_pt_coco"}
-BEST = "Best epoch on the test set, as the papers choose it"
 
 
 def compares(recipe, test_data, trained_on):
@@ -714,15 +611,12 @@ def compares(recipe, test_data, trained_on):
     own (HumanEva-I's files are taken at their word: no frame counts of it are published), and the
     2D that of the row and that which the model was trained on.
     """
-    if data.GENUINE.get(recipe.data) != test_data or getattr(recipe, "crossed", False):
-        return False
     parts = recipe.name.split("-")
-    if any(part in parts and recipe.keypoints != wanted for part, wanted in NAMED_2D.items()):
-        return False
-    if any((part in parts) != (recipe.data == part) for part in ("humaneva", "3dhp")):
-        return False
-    source = "h36m" if getattr(recipe, "weights", "") else recipe.data  # of a cross-dataset row
-    return trained_on == TRAINED_ON[source]
+    own_2d = all(NAMED_2D.get(part, recipe.keypoints) == recipe.keypoints for part in parts)
+    own_data = all((part in parts) == (recipe.data == part) for part in ("humaneva", "3dhp"))
+    source = "h36m" if recipe.weights else recipe.data  # of a cross-dataset row
+    return (own_2d and own_data and not getattr(recipe, "crossed", False)
+            and test_data == data.GENUINE.get(recipe.data) and trained_on == TRAINED_ON[source])
 
 
 def markdown(header, rows):
@@ -734,75 +628,45 @@ def markdown(header, rows):
         cells = ["-" if cell is None else cell for cell in cells]
         cells = [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells]
         width = max(map(len, cells))
-        if any(re.search("[A-Za-z]", cell) for cell in cells[1:]):
-            cells, rule = [cell.ljust(width) for cell in cells], "-" * width
-        else:
-            cells, rule = [cell.rjust(width) for cell in cells], "-" * (width - 1) + ":"
-        columns.append([cells[0], rule, *cells[1:]])
+        words = any(re.search("[A-Za-z]", cell) for cell in cells[1:])
+        cells.insert(1, "-" * width if words else "-" * (width - 1) + ":")
+        columns.append([cell.ljust(width) if words else cell.rjust(width) for cell in cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*columns))
 
 
-def score_table(first, groups, printed=None):
+def score_table(first, groups, printed):
     """A table of score rows {name: row}; `printed` {metric: {name: the paper's figure}}."""
-    rows, printed = list(groups.values()), printed or {}
-    columns = {first: list(groups), "frames": [row["frames"] for row in rows]}
+    rows = list(groups.values())
+    columns = {first: groups, "frames": [row["frames"] for row in rows]}
     for metric, title in METRICS.items():
         if metric in rows[0]:
             columns[title] = [row[metric] for row in rows]
-        if metric in printed:
-            columns[title + ", paper"] = [printed[metric].get(name) for name in groups]
+        paper = [printed.get(metric, {}).get(name) for name in groups]
+        if any(paper):
+            columns[title + ", paper"] = paper
     return markdown(columns, zip(*columns.values()))
 
 
-def printed_figures(recipe, rows, last_row):
-    """{metric: {row of the table: the paper's figure}} for a recipe (a dict)."""
-    averages = {metric: recipe.get("paper_" + metric) for metric in METRICS}
-    printed = {metric: {last_row: figure} for metric, figure in averages.items() if figure}
-    for metric, figures in PAPER.get(recipe["name"], {}).items():
-        printed[metric] = dict(zip((*rows, last_row), figures))
-    return printed
-
-
-def scores_text(scores, recipe, with_paper):
-    """The tables of one epoch's scores: by action (HumanEva-I: and subject), then by subject; on
-    3DHP's test set by sequence and scene. The last row is the protocol's."""
-    rows, text = scores["rows"], ""
-    subjects = dict(sorted(mean(rows, "subject").items()))
+def scores_text(title, scores, recipe, with_paper):
+    """The tables of one epoch's scores: by action (HumanEva-I: and subject; 3DHP: sequence), then
+    by subject. The last row is the protocol's."""
+    rows, text = scores["rows"], f"### {title} ({scores['epoch']})\n\n"
+    groups, subjects = mean(rows, "action"), mean(rows, "subject")
     first, printed_rows, last_row = "action", ACTIONS, "all frames"
-    groups = mean(rows, "action")
-    if "scene" in rows[0]:
-        first, groups = "sequence", {**subjects, **mean(rows, "scene")}
-        text = "PCK at 150 mm and AUC in %, over the benchmark's 14 joints:\n\n"
-    elif recipe["data"] in ("h36m", "gridconv"):
+    if recipe["data"] in ("h36m", "gridconv"):
         last_row = "average over actions"
     elif recipe["data"] == "humaneva":
         first, printed_rows, last_row = "action and subject", WALK_AND_JOG, "average over both"
-        groups = {f"{action} {subject.split('/')[-1]}": row
-                  for (action, subject), row in mean(rows, ("action", "subject")).items()}
-        text = "Over all chunks, where the paper's release scores the last one alone:\n\n"
-    printed = printed_figures(recipe, printed_rows, last_row) if with_paper else {}
-    text += score_table(first, {**groups, last_row: scores}, printed)
-    if "scene" not in rows[0]:
-        text += "\n\n" + score_table("subject", {**subjects, "all frames": mean(rows)})
+        pairs = mean(rows, ("action", "subject"))
+        groups = {f"{action} {subject[-2:]}": row for (action, subject), row in pairs.items()}
+        text += "Over all chunks, where the paper's release scores the last one alone:\n\n"
+    printed = {metric: {last_row: recipe.get("paper_" + metric)} for metric in METRICS}
+    for metric, figures in PAPER.get(recipe["name"], {}).items():
+        printed[metric] = dict(zip((*printed_rows, last_row), figures))
+    text += score_table(first, {**groups, last_row: scores}, printed if with_paper else {})
+    if groups.keys() != subjects.keys():
+        text += "\n\n" + score_table("subject", {**subjects, "all frames": mean(rows)}, {})
     return text
-
-
-def facts_text(result):
-    """How a result came about and what it was measured on, from what of it is known."""
-    recipe = result["recipe"]
-    minutes = round(result.get("seconds", 0) / 60, 1)
-    facts = {**result, "minutes": minutes, "ours": recipe.get("ours")}
-    names = ("commit", "device", "precision", "micro_batch", "compile", "torch", "python",
-             "parameters", "epochs", "minutes", "settings_changed", "ours")
-    said = [f"{name.replace('_', ' ')}: {facts[name]}" for name in names if facts.get(name)]
-    frames = mean(result["last"]["rows"])["frames"]
-    text = (f"{'; '.join(said)}.\n\nData: {result['test_data']}, {frames:,} test frames; trained "
-            f"on {result['data'] or 'unnamed data'}. Errors in mm, MPJVE in mm a frame.")
-    if result["compares"]:
-        return f"{text} The paper's figures are those of {recipe.get('row') or recipe['name']}."
-    if result["test_data"] == TRAINED_ON["h36m"]:
-        return f"{text} Other data or 2D than the paper's row: its figures do not compare."
-    return f"{text} This is not Human3.6M: no figure compares with the papers' of it."
 
 
 def report(result):
@@ -810,25 +674,29 @@ def report(result):
 
     Keys that are missing (eval.py makes a result of "last" alone) are left out."""
     recipe, last, best = result["recipe"], result["last"], result.get("best")
-    seed = "" if result.get("seed") is None else f", seed {result['seed']}"
-    parts = [f"## {recipe['name']}{seed}: {recipe.get('row', '')}", facts_text(result)]
-    learnt = result.get("autogrids")
-    if learnt:
-        dropped = ", ".join(map(str, learnt["dropped"])) or "none"
-        parts.append(f"Learnt grid: {learnt['cells_changed']} cells changed, dropped: {dropped}.")
+    seed = f", seed {result['seed']}" if "seed" in result else ""
+    parts = [f"## {recipe['name']}{seed}: {recipe.get('row', '')}"]
+
+    facts = {**recipe, **result, **(result.get("autogrids") or {}),
+             "minutes": round(result.get("seconds", 0) / 60, 1)}
+    names = ("commit device precision micro_batch compile torch python parameters epochs minutes "
+             "cells_changed dropped settings_changed ours").split()
+    said = [f"{name.replace('_', ' ')}: {facts[name]}" for name in names if facts.get(name)]
+    parts.append("; ".join(said) + ".")
+    note = "It is not Human3.6M, or not the row's data and 2D: figures do not compare."
+    if result["compares"]:
+        note = f"The paper's figures are those of {recipe.get('row') or recipe['name']}."
+    parts.append(f"Data: {result['test_data']}, {last['frames']:,} test frames; trained on "
+                 f"{result['data'] or 'unnamed data'}. Errors in mm, MPJVE in mm a frame, PCK at "
+                 f"150 mm and AUC in % (of 14 joints). {note}")
+
     tables = {"Epoch": last}
-    if best and best["epoch"] == last["epoch"]:
-        tables = {f"{BEST}, and the last": last}
-    elif best:
-        tables = {BEST: best, "Last epoch": last}
-    if result.get("refined"):
-        title = "Last epoch, refined: uses the true root position and the intrinsics"
-        tables[title] = {**result["refined"], "epoch": last["epoch"]}
+    if best and best["epoch"] != last["epoch"]:
+        tables = {"Best epoch on the test set, as the papers choose it": best, "Last epoch": last}
     for title, scores in tables.items():
-        parts.append(f"### {title} ({scores.get('epoch')})")
-        parts.append(scores_text(scores, recipe, result["compares"]))
-    yardstick = result.get("yardsticks") or {}
-    if yardstick.get("affine") is not None:
+        parts.append(scores_text(title, scores, recipe, result["compares"]))
+    yardstick = result.get("yardsticks", {})
+    if yardstick.get("affine"):
         parts.append(f"MPJPE over all frames: this model {mean(last['rows'])['mpjpe']:.2f} mm; "
                      f"yardsticks: training mean pose {yardstick['mean_pose']:.2f} mm, affine map "
                      f"of the 2D pose {yardstick['affine']:.2f} mm.")
@@ -838,22 +706,6 @@ def report(result):
 # ----------------------------------------------------------------------------------------------
 # Looking inside
 
-def grid_cells(model):
-    """The joints of each cell of a model's grid, row by row: a list of lists."""
-    return [row.nonzero().flatten().tolist() for row in model.assignment()]
-
-
-def grid_links(model):
-    """The graph that a grid stands for (GridConv's Figure 6): {(joint, joint)}, both ways.
-
-    Joints are linked whose cells touch by a side."""
-    cells, (H, P) = grid_cells(model), model.grid_shape
-    across = [(i, i + 1) for i in range(H * P) if (i + 1) % P]
-    down = [(i, i + P) for i in range(H * P - P)]
-    links = {(a, b) for i, k in across + down for a in cells[i] for b in cells[k] if a != b}
-    return links | {(b, a) for a, b in links}
-
-
 def learnt_grid(model):
     """A learnt grid for a result: {"cells_changed", "dropped", "layout"}; None: there is none.
 
@@ -861,19 +713,19 @@ def learnt_grid(model):
     learnt = getattr(model, "autogrids", None)
     if learnt is None:
         return None
-    layout, changed = learnt.assignment().argmax(1), "not known"  # each cell's joint
+    layout = learnt.assignment().argmax(1).view(learnt.grid_shape).cpu()  # each cell's joint
+    changed = "not known"
     if not getattr(model.recipe, "released", False):
-        start = grid_layout(model.recipe).assignment().argmax(1)
-        changed = int((start != layout.cpu()).sum())
-    layout = layout.view(learnt.grid_shape).tolist()
-    return {"cells_changed": changed, "dropped": learnt.dropped(), "layout": layout}
+        start = grid_layout(model.recipe).assignment().argmax(1).view_as(layout)
+        changed = (start != layout).sum().item()
+    return {"cells_changed": changed, "dropped": learnt.dropped(), "layout": layout.tolist()}
 
 
 def inspect(model):
     """What a model is made of, as text: its size and, of GridConv, the grid (Figures 4 and 6).
 
-    The cells' joints, the bones among neighbours, each joint's neighbours; of a learnt grid the
-    joints dropped and the cells changed."""
+    The cells' joints; each joint's neighbours, those whose cells touch by a side, and the bones
+    among them; of a learnt grid the joints dropped and the cells changed."""
     recipe, skeleton = model.recipe, data.SKELETONS[model.recipe.skeleton]
     size = sum(p.numel() for p in model.parameters())
     text = [f"{recipe.name} ({recipe.method}): {size:,} parameters, receptive field "
@@ -881,16 +733,21 @@ def inspect(model):
     if not hasattr(model, "assignment"):
         return text[0]
 
-    labels = [f"{joint} {name}" for joint, name in enumerate(skeleton.joints)]
-    (H, P), cells, links = model.grid_shape, grid_cells(model), grid_links(model)
+    H, P = model.grid_shape
+    S = model.assignment().view(H, P, -1)  # (H, P, J)
     text.append(f"grid, {H} x {P}:")
-    for i in range(0, H * P, P):
-        text.append(" ".join("+".join(map(str, cell)).rjust(4) for cell in cells[i:i + P]))
-    bones = sum(edge in links for edge in skeleton.edges)
+    for row in S:
+        cells = ["+".join(map(str, cell.nonzero().flatten().tolist())) for cell in row]
+        text.append(" ".join(cell.rjust(4) for cell in cells))
+
+    links = torch.einsum("hpj, hpk -> jk", S[:, 1:], S[:, :-1])  # across
+    links += torch.einsum("hpj, hpk -> jk", S[1:], S[:-1])  # down
+    links = ((links + links.T) > 0).fill_diagonal_(False)  # (J, J)
+    labels = [f"{joint} {name}" for joint, name in enumerate(skeleton.joints)]
+    bones = sum(links[edge].item() for edge in skeleton.edges)
     text.append(f"neighbours in the grid ({bones} of {len(skeleton.edges)} bones among them):")
-    for joint, label in enumerate(labels):
-        around = [labels[b] for a, b in sorted(links) if a == joint]
-        text.append(f"  {label}: {', '.join(around) or 'none'}")
+    for label, row in zip(labels, links):
+        text.append(f"  {label}: {', '.join(labels[k] for k in row.nonzero()) or 'none'}")
     learnt = learnt_grid(model)
     if learnt:
         dropped = [labels[joint] for joint in learnt["dropped"]]
@@ -932,8 +789,10 @@ class Track:
 
 @dataclass
 class Detection:
-    """One person in one image: points (17, 3) as in a Track, made of any layout in JOINTS; the
-    number or name that the file gives the person, or None; the image's number or name and size."""
+    """One person in one image: points (J, 2|3) of any layout in JOINTS, kept as (17, 3) like a
+    Track's, J as `joints` and where they are seen as `place` (17, 2), else NaN; the number or name
+    that the file gives the person, or None; the image's number or name and size. InputError,
+    ValueError: points of another shape."""
     points: np.ndarray
     image: int | str
     person: str | None = None
@@ -942,18 +801,11 @@ class Detection:
     fractions: bool = False
 
     def __post_init__(self):
-        self.joints = len(self.points)  # of the detector
+        self.joints, _ = self.points.shape
         self.points = to_coco17(self.points)
         if self.score is None:
             self.score = np.nan_to_num(self.points[:, 2]).mean()
-        if self.person is not None:
-            self.person = one_line(self.person)
-            if len(self.person) > 100:
-                raise InputError(f"a person's id has {len(self.person)} characters; at most 100")
-
-    def place(self):
-        """The joints' positions (17, 2), NaN where not seen."""
-        return np.where(is_seen(self.points)[:, None], self.points[:, :2], np.nan)
+        self.place = np.where(is_seen(self.points)[:, None], self.points[:, :2], np.nan)
 
 
 def one_line(text):
@@ -963,48 +815,31 @@ def one_line(text):
 
 
 @contextmanager
-def naming(path):
-    """Puts the path before an error's message that does not have it."""
+def reading(where, value, expected):
+    """Around what takes a foreign structure apart: one line says where the trouble is, and for an
+    error of Python's own what was found and expected."""
     try:
         yield
     except InputError as error:
-        if str(error).startswith(str(path)):
+        if str(error).startswith(str(where)):
             raise
-        raise InputError(f"{path}: {error}") from None
-
-
-FORMATS = "keypoints of COCO, MMPose, AlphaPose, OpenPose, ultralytics or MediaPipe"
-
-
-@contextmanager
-def reading(value, expected, where=""):
-    """Around what takes a foreign structure apart: one line says what was found instead."""
-    try:
-        yield
-    except InputError:
-        raise
+        raise InputError(f"{where}: {error}") from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         found = one_line(json.dumps(value, default=str, skipkeys=True))[:80]
-        raise InputError(f"{where}found {found}; expected {expected}") from None
+        raise InputError(f"{where}: found {found}; expected {expected}") from None
 
 
 def to_coco17(points):
-    """COCO's 17 joints of points (..., J, C) in the layout that has J joints."""
-    count = points.shape[-2]
-    if count not in JOINTS:
-        raise InputError(f"{count} joints; expected {', '.join(map(str, JOINTS))}")
-    return points[..., list(JOINTS[count]), :]
-
-
-def scored(points):
-    """Points (..., 2|3) as (..., 3). Where there are no scores, (-1, -1) says that nothing was
-    detected."""
-    if points.ndim < 2 or points.shape[-1] not in (2, 3) or points.shape[-2] == 0:
-        raise ValueError("neither x, y nor x, y, score of joints")
-    if points.shape[-1] == 3:
-        return points
-    score = np.where((points == -1).all(-1, keepdims=True), np.nan, 1.0)
-    return np.concatenate((points * score, score), -1)
+    """COCO's 17 joints (..., 17, 3) of points (..., J, 2|3) in the layout that has J joints. Where
+    there are no scores they are 1, and (-1, -1) says that nothing was detected."""
+    count, numbers = points.shape[-2:]
+    if count not in JOINTS or numbers not in (2, 3):
+        raise InputError(f"{count} joints of {numbers} numbers; expected 2 or 3 of {[*JOINTS]}")
+    points = points[..., list(JOINTS[count]), :]
+    if numbers == 2:
+        score = np.where((points == -1).all(-1, keepdims=True), np.nan, 1.0)
+        points = np.concatenate((points * score, score), -1)
+    return points
 
 
 def is_seen(points, min_score=0.0, size=None):
@@ -1022,11 +857,19 @@ def are_fractions(points):
     return bool(np.median(np.abs(points[is_seen(points)][:, :2])) <= 2)
 
 
+# ----------------------------------------------------------------------------------------------
+# One small reader a format
+
+FORMATS = "keypoints of COCO, MMPose, AlphaPose, OpenPose, ultralytics or MediaPipe"
+ARRAYS = "one array (frames, [people,] joints, 2 or 3), or VideoPose3D's"
+
+# What detectors call the same thing.
 POINTS = ("keypoints", "pose_keypoints_2d", "pose_keypoints", "joints")
 PERSON = ("track_id", "idx", "person_id", "instance_id")
 SCORE = ("score", "confidence", "bbox_score")
-LANDMARKS = ("landmarks", "landmark", "pose_landmarks", "poseLandmarks")
-PEOPLE = ("instances", "people", "bodies", *LANDMARKS)
+PEOPLE = ("instances", "people", "bodies", "landmarks", "landmark", "pose_landmarks",
+          "poseLandmarks")
+IMAGE = {"image_id", "frame_id", "frame", "image", "file_name"}
 
 
 def first_of(item, keys):
@@ -1034,7 +877,7 @@ def first_of(item, keys):
     return next((item[key] for key in keys if item.get(key) is not None), None)
 
 
-def detection(item, image, size=None):
+def detection(item, image):
     """The Detection in a detector's entry: points flat or in rows, their scores within or beside
     them, or ultralytics' {x, y, visible}, or MediaPipe's [{x, y, visibility}]."""
     points, scores = first_of(item, POINTS), item.get("keypoint_scores")
@@ -1046,249 +889,212 @@ def detection(item, image, size=None):
     points = np.array(points, float)
     if points.ndim == 1:
         points = points.reshape(-1, 3)
-    if points.ndim != 2:
-        raise ValueError("no rows of one person's joints")
     if scores is not None:
         points = np.column_stack((points[:, :2], np.array(scores, float)))
+
     person, score = first_of(item, PERSON), first_of(item, SCORE)
     while isinstance(person, list):  # AlphaPose: [7.0]
         person, = person
-    if isinstance(person, dict):
-        raise TypeError("no number or name")
-    if isinstance(person, float) and person.is_integer():
-        person = int(person)
-    person = None if person in (None, -1, "") else str(person)  # OpenPose: -1
-    score = None if score is None else float(score)
-    return Detection(scored(points), image, person, score, size)
+    # OpenPose: -1. A dictionary is a TypeError in a set: no number and no name.
+    person = None if person in {None, -1, ""} else one_line(person).removesuffix(".0")
+    return Detection(points, image, person, score)
 
-
-# ----------------------------------------------------------------------------------------------
-# One small reader a format
 
 def read_images(images):
-    """The Detections of {image's number or name: entry}, where an entry is MMPose's {frame_id,
-    instances}, OpenPose's {people}, AlphaPose's {bodies}, MediaPipe's {frame, landmarks}, or a
-    list of people alone, as MMPose's of one image and ultralytics'."""
-    detections = []
-    for image, people in images.items():
-        with reading(people, "the people in an image and their keypoints", f"image {image}: "):
+    """Yields the Detections of (image's number or name, entry), where an entry is MMPose's
+    {frame_id, instances}, OpenPose's {people}, AlphaPose's {bodies}, MediaPipe's {frame,
+    landmarks}, or a list of people alone, as MMPose's of one image and ultralytics'."""
+    for number, (image, people) in enumerate(images):
+        with reading(f"entry {number}", people, FORMATS):
             if isinstance(people, dict):
                 stated = first_of(people, ("frame_id", "frame"))
                 image = image if stated is None else int(stated)
                 people = [people[key] for key in PEOPLE if key in people][0]
-            people = people or []
+            image = image if isinstance(image, str) else int(image)
             if people and "x" in people[0]:  # landmarks of one, whom MediaPipe follows itself
                 people = [{"keypoints": people, "track_id": "1"}]
-            people = [{"keypoints": one} if isinstance(one, list) else one for one in people]
-            detections += [detection(one, image) for one in people if first_of(one, POINTS) != []]
-    return detections
-
-
-def coco_results(entries):
-    """The Detections of [{image_id, keypoints: [x, y, score, ...], score}]: Detectron2's, MMPose's
-    topdown results, and AlphaPose's, which add idx."""
-    detections = []
-    for number, entry in enumerate(entries):
-        with reading(entry, "{image_id, keypoints: [x, y, score, ...]}", f"entry {number}: "):
-            if not isinstance(entry["image_id"], (int, float, str)):
-                raise TypeError("no number or name")
-            detections.append(detection(entry, entry["image_id"]))
-    return detections
+            for person in people or []:
+                if isinstance(person, list):
+                    person = {"keypoints": person}
+                if first_of(person, POINTS) != []:  # OpenPose: hands or a face alone
+                    yield detection(person, image)
 
 
 def check_joints(names):
     """InputError where a file's names of its joints do not begin with the nose, as JOINTS do."""
     if names and "hip" in str(names).lower() and "nose" not in str(names[0]).lower():
-        raise InputError(f"joints from {one_line(names[0])} on; convert them to COCO's, nose first")
+        raise InputError(f"joints from {one_line(names[0])} on; expected COCO's, nose first")
 
 
 def coco_annotations(content):
-    """The Detections of {images: [{id, width, height}], annotations}; images without a file_name
-    are numbered by their order."""
-    images, detections = {}, []
-    for number, image in enumerate(content["images"]):
-        with reading(image, "{id, width, height}", f"image {number}: "):
-            size = image.get("width"), image.get("height")
-            size = None if None in size else tuple(map(float, size))
-            images[image["id"]] = str(image.get("file_name") or number), size
-    joints = {kind.get("id"): kind.get("keypoints") for kind in content.get("categories") or []}
-    for number, entry in enumerate(content["annotations"]):
-        with reading(entry, "{image_id, keypoints}", f"annotation {number}: "):
-            if "keypoints" in entry:  # no other kind of thing
-                check_joints(joints.get(entry.get("category_id")))
-                detections.append(detection(entry, *images[entry["image_id"]]))
-    return detections
+    """Yields the Detections of {images: [{id, width, height}], annotations}; images without a
+    file_name are numbered by their order."""
+    images = {}
+    for number, image in enumerate(content.get("images") or []):
+        size = image.get("width"), image.get("height")
+        size = None if None in size else tuple(map(float, size))
+        images[image["id"]] = str(image.get("file_name") or number), size
+
+    people = [entry for entry in content["annotations"] if "keypoints" in entry]
+    used = {entry.get("category_id") for entry in people}
+    for kind in content.get("categories") or []:
+        if kind.get("id") in used:
+            check_joints(kind.get("keypoints"))
+    for found in read_images((entry["image_id"], [entry]) for entry in people):
+        if images:
+            found.image, found.size = images[found.image]
+        yield found
 
 
 REFUSED = {
-    "pose_world_landmarks": "MediaPipe's landmarks in metres; write the image's, pose_landmarks",
+    "pose_world_landmarks": "MediaPipe's landmarks in metres; write pose_landmarks",
     "preds": "MMPose 0.x's test results; write COCO results",
-    "shapes": "LabelMe's drawings; convert them to COCO annotations",
-    "box": "boxes alone; run a model of people's keypoints"}
+    "shapes": "LabelMe's drawings; write COCO annotations",
+    "box": "boxes alone; run a pose model"}
 
 
 def read_json(path):
     """The Detections in a JSON file, told by the keys of its first entry."""
     content = data.read_json(path, "name a file of keypoints")
-    with reading(content, FORMATS):
+    with reading(path, content, FORMATS):
         if isinstance(content, dict):
-            if "annotations" in content and content.get("images"):
-                return coco_annotations(content)
+            if "annotations" in content:
+                return list(coco_annotations(content))
             image = next(iter(content.values()), None)
-            if isinstance(image, dict) and ("bodies" in image or "people" in image):
-                return read_images(content)  # AlphaPose's
+            if isinstance(image, dict) and image.keys() & {"bodies", "people"}:
+                return list(read_images(content.items()))  # AlphaPose's
             check_joints([*content.get("meta_info", {}).get("keypoint_id2name", {}).values()])
-            content = content.get("annotations", content.get("instance_info", [content]))
-        first = next((entry for entry in content if entry), None)
-        if first is None:
-            return []
+            content = content.get("instance_info", [content])
+
+        first = next(filter(None, content), {})
         probe = first
         while isinstance(probe, list):
             probe = probe[0]
         keys = probe.keys()
-        if "image_id" in keys:
-            return coco_results(content)
+        if not keys & {*POINTS, *PEOPLE, "x"}:
+            for key in keys & REFUSED.keys():
+                raise InputError(f"this looks like {REFUSED[key]}")
+        if keys & IMAGE and not keys & {*PEOPLE}:  # COCO results: of Detectron2, MMPose, AlphaPose
+            return list(read_images((entry["image_id"], [entry]) for entry in content))
         if keys & {"keypoints", "x"} and probe is first:  # the people of one image
-            for key in keys & {"frame", "frame_id", "image", "file_name"}:
-                raise InputError(f"people with {key}; expected image_id, as in COCO results")
             content = [content]
-        if keys & {"keypoints", "x", *PEOPLE}:
-            return read_images(dict(enumerate(content)))
-        for key in keys & REFUSED.keys():
-            raise InputError(f"this looks like {REFUSED[key]}")
-        raise ValueError("unknown")
+        return list(read_images(enumerate(content)))
 
 
 def mediapipe_csv(path):
     """The Detections in a CSV file of MediaPipe's landmarks, a row a frame."""
-    header, *lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    with reading(header, "x_0, y_0, z_0, visibility_0, ... to 32 and a row of numbers a frame"):
-        names, rows = header.split(","), [line.split(",") for line in lines]
-        points = np.array([[cell or "nan" for cell in row] for row in rows], float)
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    with reading(path, text, "columns x_0, y_0, visibility_0, ... to 32"):
+        names, *rows = [line.split(",") for line in text.splitlines()]
+        table = np.array([[cell or "nan" for cell in row] for row in rows], float)
         parts = [f"{part}_{k}" for k in range(33) for part in ("x", "y", "visibility")]
-        detections = array_detections(points[:, list(map(names.index, parts))].reshape(-1, 33, 3))
-        for column in [k for k, name in enumerate(names) if name.startswith("frame")][:1]:
-            for found, number in zip(detections, points[:, column]):
-                found.image = int(number)
-        return detections
+        points = table[:, [names.index(part) for part in parts]].reshape(-1, 33, 3)
+        frames = [column for name, column in zip(names, table.T) if name.startswith("frame")]
+        frames.append(range(len(table)))  # where no column numbers them
+        return [Detection(one, int(number), "1") for number, one in zip(frames[0], points)]
 
 
 def ultralytics_labels(path):
-    """The Detections in save_txt's lines of an image: class, box, 17 joints, then the box's
+    """Yields the Detections in save_txt's lines of an image: class, box, 17 joints, then the box's
     confidence and the person's number where asked for; parts of the image's size."""
-    detections = []
     text = path.read_text(encoding="utf-8", errors="replace")
     for number, line in enumerate(text.splitlines(keepends=True), 1):
-        with reading(line, "class, box and 17 joints of a pose model", f"line {number}: "):
+        with reading(f"{path}, line {number}", line, "class, box and 17 joints"):
             values = np.array(line.split(), float)
             columns = 3 if len(values) >= 5 + 17 * 3 else 2
             points, rest = np.split(values[5:], [17 * columns])
             if len(rest) > 2 or columns == 2 and not line.endswith("\n"):
-                raise ValueError("more than a confidence and a number, or cut off")
+                raise ValueError("too long, or cut off")
             person = f"{rest[-1]:.0f}" if len(rest) and rest[-1].is_integer() else None
-            points = scored(points.reshape(17, columns))
-            detections.append(Detection(points, path.stem, person, fractions=True))
-    return detections
+            yield Detection(points.reshape(17, -1), path.stem, person, fractions=True)
 
 
 def detectron2(arrays):
-    """The Detections of VideoPose3D's inference by Detectron2: for each frame lists by class, the
-    last of them people's boxes (n, 5) and keypoints (n, 4, 17), rows x, y, logit, probability."""
-    detections = []
-    with reading(arrays, "boxes and keypoints of each frame, metadata {w, h}"):
-        about = arrays["metadata"].item()
-        size = float(about["w"]), float(about["h"])
-        frames = zip(arrays["keypoints"], arrays["boxes"], strict=True)
-        for number, (keypoints, boxes) in enumerate(frames):
-            if len(keypoints) and len(keypoints[-1]):
-                people = np.array(keypoints[-1], float)[:, [0, 1, 3]]  # (n, 3, 17)
-                for points, box in zip(people, boxes[-1], strict=True):
-                    detections.append(Detection(points.T, number, None, float(box[4]), size))
-    return detections
+    """Yields the Detections of VideoPose3D's inference by Detectron2: for each frame lists by
+    class, the last of them people's boxes (n, 5) and keypoints (n, 4, 17), rows x, y, logit,
+    probability."""
+    about = arrays["metadata"].item()
+    size = float(about["w"]), float(about["h"])
+    frames = zip(arrays["keypoints"], arrays["boxes"], strict=True)
+    for number, (keypoints, boxes) in enumerate(frames):
+        if len(keypoints) == 0:  # nothing of any class
+            continue
+        for rows, box in zip(keypoints[-1], boxes[-1], strict=True):
+            points = np.array(rows, float)[[0, 1, 3]].T  # (17, 3)
+            yield Detection(points, number, None, float(box[4]), size)
 
 
 def videopose3d(arrays):
-    """The Tracks of VideoPose3D's data_2d_custom_*.npz: positions_2d {video: {action: [(T, 17,
-    2)]}}, metadata {layout_name, video_metadata}."""
-    tracks = []
-    with reading(arrays, "what VideoPose3D's prepare_data_2d_custom.py writes, coco or h36m"):
-        about = arrays["metadata"].item()
-        joints = {"coco": "coco", "h36m": "h36m", None: None}[about.get("layout_name")]
-        for video, actions in arrays["positions_2d"].item().items():
-            place = about["video_metadata"][video]
-            size = float(place["w"]), float(place["h"])
-            views = {f"{video} {action} {number}": view for action, views in actions.items()
-                     for number, view in enumerate(views)}
-            for name, view in views.items():
-                person = name if len(views) > 1 else video
-                found = array_detections(np.array(view, float), person, size)
-                tracks += [replace(track, joints=joints) for track in tracks_of(found)]
-    return tracks
-
-
-def array_detections(points, person="1", size=None):
-    """The Detections in an array (T, J, 2|3) of one person or (T, P, J, 2|3) of several."""
-    if points.ndim == 3:
-        points = points[:, None]
-    else:
-        person = None
-    return [Detection(one, number, person, None, size)
-            for number, people in enumerate(scored(points)) for one in people]
+    """Yields the Tracks of VideoPose3D's data_2d_custom_*.npz: positions_2d {video: {"custom":
+    [(T, 17, 2)]}}, metadata {layout_name, video_metadata}."""
+    about = arrays["metadata"].item()
+    joints = {"coco": "coco", "h36m": "h36m", None: None}[about.get("layout_name")]
+    for video, actions in arrays["positions_2d"].item().items():
+        place = about["video_metadata"][video]
+        size = float(place["w"]), float(place["h"])
+        views = {f"{video} {action} {number}": view for action, views in actions.items()
+                 for number, view in enumerate(views)}
+        for name, view in views.items():
+            person = one_line(name if len(views) > 1 else video)
+            detections = [Detection(points, number, person, None, size)
+                          for number, points in enumerate(np.array(view, float))]
+            yield from tracks_of(detections, joints)
 
 
 def read_arrays(path):
     """The Tracks or Detections in an .npz or .npy file."""
     arrays = data.read_npz(path, "name a file of keypoints")
-    if "positions_2d" in arrays:
-        return videopose3d(arrays)
-    if {"boxes", "keypoints", "metadata"} <= arrays.keys():
-        return detectron2(arrays)
-    if {"poses", "root", "keypoints"} <= arrays.keys():
-        raise InputError("this looks like what lift has written; name what it was made of")
     found = ", ".join(f"{key} {array.shape}" for key, array in arrays.items())
-    with reading(found, "one array (frames, joints, 2 or 3) or (frames, people, joints, 2 or 3)"):
-        fits = {key: array for key, array in arrays.items()
+    with reading(path, found, ARRAYS):
+        if "positions_2d" in arrays:
+            return list(videopose3d(arrays))
+        if {"boxes", "keypoints", "metadata"} <= arrays.keys():
+            return list(detectron2(arrays))
+        if {"poses", "root", "keypoints"} <= arrays.keys():
+            raise InputError("this looks like what lift has written; name its input")
+        fits = {key: array.astype(float) for key, array in arrays.items()
                 if array.dtype.kind in "fiu" and array.ndim in (3, 4)}
         points, = [fits["keypoints"]] if "keypoints" in fits else fits.values()
-        points = points.astype(float)
+
         if points.shape[-2:] == (33, 4):  # x, y, z, visibility
             points = points[..., [0, 1, 3]]
         elif points.shape[-2] == 33 and (points[..., 2:] < 0).any():  # z: depth has both signs
             points = points[..., :2]
-        return array_detections(points)
+
+        person = "1" if points.ndim == 3 else None
+        points = points.reshape(len(points), -1, *points.shape[-2:])  # (T, P, J, C)
+        return [Detection(one, number, person)
+                for number, people in enumerate(points) for one in people]
 
 
 def read_file(path):
-    """The Tracks or Detections in one file, told by how it begins."""
+    """The Tracks or Detections in one file, told by how it begins; some readers yield them."""
     with open(path, "rb") as file:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    with naming(path):
-        if head.startswith((b"PK", b"\x93NUMPY")):
-            return read_arrays(path)
-        if head.startswith((b"[", b"{")) or path.suffix.lower() == ".json":
-            return read_json(path)
-        if b"\0" in head or head.startswith(b"\x80"):
-            raise InputError("this looks like a picture, a video or a pickle; save JSON instead")
-        return mediapipe_csv(path) if b"," in head else ultralytics_labels(path)
+    if head.startswith((b"PK", b"\x93NUMPY")):
+        return read_arrays(path)
+    if head.startswith((b"[", b"{")) or path.suffix.lower() == ".json":
+        return read_json(path)
+    if b"\0" in head or head.startswith(b"\x80"):
+        raise InputError("this looks like a picture, video or pickle; save JSON")
+    return mediapipe_csv(path) if b"," in head else ultralytics_labels(path)
 
 
 def read_folder(path):
-    """The Detections in a folder with one file an image."""
-    files = sorted(f for f in path.iterdir() if f.is_file() and not f.name.startswith("."))
-    kinds = sorted({file.suffix.lower() for file in files})
-    if kinds not in ([".json"], [".txt"]):
-        found = " and ".join(kinds) or "no"
-        raise InputError(f"{path}: found {found} files; expected .json alone or .txt alone")
-    detections = []
+    """Yields the Detections in a folder with one file an image."""
+    files = sorted(file for file in path.glob("[!.]*") if file.is_file())
+    kinds = " and ".join(sorted({file.suffix.lower() for file in files}))
+    if kinds not in (".json", ".txt"):
+        raise InputError(f"found {kinds or 'no'} files; expected .json or .txt alone")
+
     for file in files:
-        read = read_file(file)
-        count = len({found.image for found in read})
+        people = list(read_file(file))
+        count = len({found.image for found in people})
         if count > 1:
-            raise InputError(f"{file}: {count} images; expected one a file, or this file alone")
-        for found in read:
+            raise InputError(f"{file}: {count} images; expected one a file")
+        for found in people:
             found.image = file.stem.removesuffix("_keypoints")
-        detections += read
-    return detections
+        yield from people
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1323,139 +1129,121 @@ def assign(cost):
 
 
 def distances(before, after):
-    """(K, P): how far bodies (K, J, 2) are from bodies (P, J, 2): the mean over the joints seen in
-    both, in parts of the larger one's diagonal."""
-    apart = np.linalg.norm(before[:, None] - after, axis=-1)  # (K, P, J)
-    both = np.isfinite(apart)
-    mean = np.where(both, apart, 0).sum(-1) / np.maximum(both.sum(-1), 1)
+    """(K, P): how far bodies (K, 17, 2) are from bodies (P, 17, 2): the mean over the joints seen
+    in both, in parts of the larger one's diagonal; infinite where none was."""
+    apart = np.linalg.norm(before[:, None] - after, axis=-1)  # (K, P, 17)
+    mean = np.ma.masked_invalid(apart).mean(-1)
     old, new = (np.linalg.norm(np.nanmax(bodies, 1) - np.nanmin(bodies, 1), axis=-1)
                 for bodies in (before, after))
-    size = np.maximum(np.maximum(old[:, None], new), 1e-9)
-    return np.where(both.any(-1), mean / size, np.inf)
-
-
-class Person:
-    """Someone who is followed: detections by frame number, where the joints were last (J, 2), NaN
-    where never seen, and the body's velocity a frame."""
-
-    def __init__(self, number, found):
-        self.found, self.last = {number: found}, number
-        self.place, self.velocity = found.place(), 0.0
-
-    def expected(self, number):
-        """Where the joints are by then, if the body goes on as it did."""
-        return self.place + self.velocity * (number - self.last)
-
-    def add(self, number, found):
-        """Sees them again."""
-        place, expected = found.place(), self.expected(number)
-        moved = np.nanmean(place - self.place, 0) / (number - self.last)
-        self.velocity = (self.velocity + moved) / 2
-        self.place = np.where(np.isnan(place), expected, place)
-        self.found[number], self.last = found, number
+    size = np.maximum(old[:, None], new).clip(1e-9)
+    return (mean / size).filled(np.inf)
 
 
 def follow(frames, step=1):
-    """The people in [(frame number, detections)], in order of time and of every step-th frame, as
-    {number: Detection} each, the longest first.
+    """The people without numbers in [(frame number, Detections)], in order of time and of every
+    step-th frame, as {number: Detection} each, the longest first.
 
     In each frame detections go to the people followed so that the sum of their `distances` to
     where they are expected is least, if nearer than REACH; the others are new people. Who was not
-    seen for more than GAP frames has left.
+    seen for more than GAP frames has left. Of a person is known: detections by frame number, the
+    last of these, where the joints were then (17, 2), or else expected, NaN where never seen, and
+    the body's velocity a frame.
     """
-    people, present = [], []
+    people = []
     for number, detections in frames:
-        present = [person for person in present if number - person.last <= (GAP + 1) * step]
-        new = list(detections)
-        if present and new:
-            expected = np.stack([person.expected(number) for person in present])
-            cost = distances(expected, np.stack([found.place() for found in new]))
-            for row, column in assign(np.minimum(cost, REACH)):
-                if cost[row, column] < REACH:
-                    present[row].add(number, detections[column])
-                    new[column] = None
-        new = [Person(number, found) for found in new if found is not None]
-        people += new
-        present += new
-    people.sort(key=lambda person: -len(person.found))
-    return [person.found for person in people]
+        new = dict(enumerate(found for found in detections if not found.person))
+        places = np.array([found.place for found in new.values()]).reshape(-1, 17, 2)
+        present = [one for one in people if number - one.last <= (GAP + 1) * step]
+        expected = [one.place + one.velocity * (number - one.last) for one in present]
+        cost = distances(np.array(expected).reshape(-1, 17, 2), places)
+        for row, column in assign(np.minimum(cost, REACH)):
+            if cost[row, column] < REACH:
+                person, found = present[row], new.pop(column)
+                moved = np.nanmean(found.place - person.place, 0) / (number - person.last)
+                person.velocity = (person.velocity + moved) / 2
+                person.place = np.where(np.isnan(found.place), expected[row], found.place)
+                person.found[number], person.last = found, number
+        for found in new.values():
+            person = {"found": {number: found}, "last": number, "place": found.place}
+            people.append(SimpleNamespace(**person, velocity=0.0))
+    return sorted((person.found for person in people), key=len, reverse=True)
 
 
-def video_numbers(images):
-    """(the numbers in a video of {image's name: its Detections}, step), where every step-th frame
-    was looked at; (their places, 0) for single images.
+def video_frames(images):
+    """([(number in a video, Detections)] in order, step) of {image's name: its Detections}, where
+    every step-th frame was looked at; ([(name, Detections)], 0) of single images.
 
     A video's images are of one size, their names differ in the last number alone, and most of the
     numbers follow the one before by the same step, of at most 60 (after longer ones a person is
     not where they were).
     """
-    single = list(range(len(images))), 0
-    names = [re.sub(r"\.[^\W\d]\w*$", "", str(name)) for name in images]  # a.0001, a.0001.jpg
-    parts = [re.fullmatch(r"(?s)(.*?)(\d{1,18})(\D*)", name) for name in names]
+    name = re.compile(r"(?s)(.*?)(\d{1,18})(\D*?)(\.[^\W\d]\w*)?")  # a.0001, a1_b.mp4
+    parts = [name.fullmatch(str(image)) for image in images]
     sizes = {found.size for people in images.values() for found in people}
-    alike = {part and (part[1], part[3]) for part in parts}
-    if len(alike) > 1 or None in alike or len(sizes) > 1 or len(images) < 2:
-        return single
-    numbers = [int(part[2]) for part in parts]
-    gaps = np.diff(sorted(numbers))
-    step = int(np.gcd.reduce(gaps))
-    regular = 2 * (gaps == step).sum() >= len(gaps) and gaps.max() <= 1000 * step
-    return (numbers, step) if regular and gaps.min() > 0 and step <= 60 else single
+    alike = {part and part.group(1, 3) for part in parts}
+    if len(alike) == len(sizes) == 1 < len(images) and None not in alike:
+        numbers = [int(part[2]) for part in parts]
+        gaps = np.diff(sorted(numbers))
+        step = int(np.gcd.reduce(gaps))
+        usual = 2 * (gaps == step).sum() >= len(gaps) and gaps.max() <= 1000 * step
+        if usual and gaps.min() > 0 and step <= 60:
+            return sorted(zip(numbers, images.values()), key=lambda pair: pair[0]), step
+    return list(images.items()), 0
 
 
 def people_of_video(frames, step):
     """[(name, {frame number: Detection})] of [(frame number, Detections)]: the file's own people,
     the best-scored of each frame, and others as they are followed, numbered by length."""
-    named, unnamed = {}, []
+    named = {}
     for number, people in frames:
-        unnamed.append((number, [found for found in people if found.person is None]))
         for found in people:
-            if found.person is not None:
+            if found.person:
                 row = named.setdefault(found.person, {})
                 row[number] = max(row.get(number, found), found, key=lambda one: one.score)
     prefix = "untracked " if named else ""
-    followed = [(f"{prefix}{n}", row) for n, row in enumerate(follow(unnamed, step), 1)]
+    followed = [(f"{prefix}{n}", row) for n, row in enumerate(follow(frames, step), 1)]
     return [*named.items(), *followed]
 
 
 def people_of_images(images):
-    """[(name, {place: Detection})] of [(place, Detections)], for images of each size: the file's
+    """[(name, {image: Detection})] of [(image, Detections)], for images of each size: the file's
     own people, or else the best-scored of each image, the next, ..."""
     rows = {}
-    for place, people in images:
+    for image, people in images:
         for rank, found in enumerate(sorted(people, key=lambda found: -found.score)):
-            rows.setdefault((found.size, found.person or rank), {}).setdefault(place, found)
+            rows.setdefault((found.size, found.person or rank), {}).setdefault(image, found)
     longest = sorted(rows.items(), key=lambda item: -len(item[1]))
     return [(person if isinstance(person, str) else str(number), row)
             for number, ((_, person), row) in enumerate(longest, 1)]
 
 
-def tracks_of(detections):
-    """The Tracks of Detections in a video or in single images."""
+def tracks_of(detections, joints=None):
+    """Yields the Tracks of Detections in a video or in single images; joints: what 17 are."""
+    detections = [found for found in detections if is_seen(found.points).any()]
     counts = sorted({found.joints for found in detections})
     if len(counts) > 1:
         raise InputError(f"people of {counts[0]} and of {counts[1]} joints; take one detector's")
-    images, tracks = {}, []
-    for found in detections:
-        if is_seen(found.points).any():
-            images.setdefault(found.image, []).append(found)
-    named = [(found.image, found.person) for found in detections if found.person is not None]
+
+    named = [(found.image, found.person) for found in detections if found.person]
     doubled = len(named) - len(set(named))
     if doubled:
         print(f"warning: {doubled} times several people of a frame share a number", file=sys.stderr)
-    numbers, step = video_numbers(images)
-    frames = sorted(zip(numbers, images.values()), key=lambda pair: pair[0])
+
+    images = {}
+    for found in detections:
+        images.setdefault(found.image, []).append(found)
+    frames, step = video_frames(images)
+    people = people_of_video(frames, step) if step else people_of_images(frames)
+
+    joints = joints if counts == [17] else "coco"
     nowhere = np.full((17, 3), np.nan)
-    for name, row in people_of_video(frames, step) if step else people_of_images(frames):
-        first = row[min(row)]
-        span = list(range(min(row), max(row) + 1, step)) if step else list(row)
+    for name, row in people:
+        first = next(iter(row.values()))
+        span = range(min(row), max(row) + 1, step) if step else row
         keypoints = np.stack([row[n].points if n in row else nowhere for n in span])
-        joints = None if counts == [17] else "coco"
         fractions = first.fractions or counts == [33] and are_fractions(keypoints)
-        if not step:
-            span = [one_line(found.image) for found in row.values()]
-        tracks.append(Track(name, keypoints, span, first.size, joints, step, fractions))
-    return tracks
+        images = [n if step else one_line(n) for n in span]
+        yield Track(name, keypoints, images, first.size, joints, step, fractions)
 
 
 def read_keypoints(path):
@@ -1466,18 +1254,18 @@ def read_keypoints(path):
     VideoPose3D's data_2d_custom_*.npz, arrays (T, J, 2|3) of one person or (T, P, J, 2|3) of
     several. Folders: OpenPose's, MMPose's or ultralytics' file of each image. Formats are told
     apart by their content, joints by their number (`JOINTS`; 17 are COCO's unless the file says
-    otherwise). People without numbers are followed from frame to frame. InputError: another
-    format, a broken file, nobody in it.
+    otherwise). People without numbers are followed from frame to frame. InputError:
+    another format, a broken file, nobody in it.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: not found; name a file or folder of keypoints")
-    with naming(path):
-        tracks = read_folder(path) if path.is_dir() else read_file(path)
+    with reading(path, path.name, FORMATS):
+        tracks = list(read_folder(path) if path.is_dir() else read_file(path))
         if tracks and isinstance(tracks[0], Detection):
-            tracks = tracks_of(tracks)
+            tracks = list(tracks_of(tracks))
         if not tracks:
-            raise InputError("no person in it; run the detector with a lower threshold")
+            raise InputError("no person in it; lower the detector's threshold")
     return tracks
 
 
@@ -1510,26 +1298,27 @@ TO_H36M = {"coco": coco_to_h36m(np.eye(17)), "h36m": np.eye(17)}  # TO_H36M[join
 def check_settings(size, **settings):
     """InputError for a size, or for a setting given, that is no number which can be meant."""
     if size is None or len(size) != 2:
-        raise InputError("size: missing; expected the image's width and height in pixels")
+        raise InputError("size: missing; give width and height in pixels (--size WxH)")
     for name, value in (*zip(("size", "size"), size), *settings.items()):
         least = {"min_score": -1e6, "smooth": 0.01, "fps": 0.01}.get(name, 1)
         if value is not None and not least <= value <= 1e6:
-            raise InputError(f"{name.replace('_', '-')} {value:g}: expected {least:g} to a million")
+            raise InputError(f"{name} {value:g}: expected {least:g} to a million")
 
 
 def fill(xy, joints):
     """xy (T, 17, 2) with NaN replaced: linear in time between the frames where a joint was seen,
     held before and after them; a part of the face never seen is the mean of the others."""
     xy, time = xy.copy(), np.arange(len(xy))
-    seen = np.isfinite(xy[..., 0])  # (T, 17)
-    never = ~seen.any(0)
-    for joint, axis in itertools.product(np.flatnonzero(~never), (0, 1)):
-        known = seen[:, joint]
-        xy[:, joint, axis] = np.interp(time, time[known], xy[known, joint, axis])
-    if joints == "coco" and not never[:5].all():
-        lost = np.flatnonzero(never[:5])
-        xy[:, lost] = np.nanmean(xy[:, :5], 1, keepdims=True)
-        never[lost] = False
+    for column in xy.reshape(len(xy), -1).T:  # one coordinate of a joint, in place
+        seen = np.isfinite(column)
+        if seen.any():
+            column[:] = np.interp(time, time[seen], column[seen])
+
+    face = xy[:, :5]
+    if joints == "coco" and np.isfinite(face).any():
+        face[:] = np.where(np.isnan(face), np.nanmean(face, 1, keepdims=True), face)
+
+    never = np.isnan(xy[0, :, 0])
     if never.any():
         names = np.array(data.SKELETONS[f"{joints}17"].joints)[never]
         raise InputError(f"{', '.join(names)} never detected; the model needs the whole body")
@@ -1548,16 +1337,14 @@ def prepare(keypoints, size, joints=None, min_score=0.0, smooth=None, fps=30.0):
     check_settings(size, min_score=min_score, smooth=smooth, fps=fps)
     joints = joints or "coco"
     points = np.asarray(keypoints, float)
-    if points.ndim != 3 or points.shape[2] not in (2, 3) or not len(points):
-        raise InputError(f"keypoints of shape {points.shape}: expected (frames, joints, 2 or 3)")
-    if joints == "h36m" and points.shape[1] != 17:
-        raise InputError(f"keypoints: {points.shape[1]} joints; Human3.6M's are 17")
-    points = to_coco17(scored(points))
+    if points.ndim != 3 or not len(points) or joints == "h36m" and points.shape[1] != 17:
+        raise InputError(f"keypoints {points.shape}: expected (frames, joints, 2 or 3), h36m: 17")
+
+    points = to_coco17(points)
     seen = is_seen(points, min_score, size)
-    if not seen.any():
-        raise InputError(f"no keypoints in an image of {size[0]:g}x{size[1]:g}; is the size right?")
-    if are_fractions(points):
-        raise InputError("keypoints: parts of the image's size; expected pixels")
+    if not seen.any() or are_fractions(points):
+        raise InputError(f"no body in {size[0]:g}x{size[1]:g}: expected pixels; is the size right?")
+
     xy = np.where(seen[..., None], points[..., :2], np.nan)
     pose_2d = TO_H36M[joints] @ fill(xy, joints)
     if smooth is not None:
@@ -1590,20 +1377,17 @@ def one_euro(x, fps, cutoff=2.0, beta=10.0):
 # ----------------------------------------------------------------------------------------------
 # Lifting
 
-def check_liftable(model):
-    """InputError for a model that does not lift a user's own keypoints."""
+def lift_poses(model, pose_2d, size, flip=None):
+    """3D poses (T, 17, 3) of 2D poses (T, 17, 2) that `prepare` made. InputError: a model of other
+    joints or targets."""
     recipe = getattr(model, "recipe", None)
     if recipe is None:
-        raise InputError("a model without its recipe, which load_model gives it")
-    if recipe.skeleton != "h36m17" or recipe.target != "camera" or recipe.swap_sides:
-        sides = "swapped" if recipe.swap_sides else "its own"
-        found = f"{recipe.skeleton} joints, target {recipe.target}, {sides} sides"
-        raise InputError(f"a model of {found}; take one of h36m17, camera, its own")
+        raise InputError("a model without recipe; load_model gives it")
+    found = recipe.skeleton, recipe.target, recipe.swap_sides
+    if found != ("h36m17", "camera", False):
+        raise InputError(f"model {recipe.name}: skeleton, target, swap_sides are {found}; expected "
+                         "h36m17, camera, False")
 
-
-def lift_poses(model, pose_2d, size, flip=None):
-    """3D poses (T, 17, 3) of 2D poses (T, 17, 2) that `prepare` made."""
-    recipe = model.recipe
     unknown = np.zeros((*pose_2d.shape[:2], 3), np.float32)
     sequence = data.Sequence("", "", "", pose_2d.astype(np.float32), unknown, unknown[:, 0],
                              data.UNKNOWN_INTRINSICS, tuple(size), 0.0)
@@ -1618,11 +1402,10 @@ def lift(model, keypoints, size, joints=None, flip=None, min_score=0.0, smooth=N
     """3D poses (T, 17, 3), float32 metres, root-relative, in the camera frame (x right, y down, z
     away), of a person's 2D keypoints (T, J, 2|3) in pixels of a video of `size` (width, height).
 
-    joints, min_score, smooth, fps: as in `prepare`. `flip` averages with the mirrored input's
-    poses, by default as the model's recipe does. InputError: what `prepare` refuses, a model of
-    other joints or without a recipe.
+    model: one that `load_model` returns. joints, min_score, smooth, fps: as in `prepare`. `flip`
+    averages with the mirrored input's poses, by default as the model's recipe does. InputError:
+    what `prepare` refuses, a model of other joints.
     """
-    check_liftable(model)
     pose_2d, _ = prepare(keypoints, size, joints, min_score, smooth, fps)
     return lift_poses(model, pose_2d, size, flip)
 
@@ -1648,96 +1431,81 @@ def root_trajectory(pose_2d, poses, focal, centre):
 # Output: poses, the page, pictures
 
 HERE = Path(__file__).resolve().parent
+VIEWER = HERE / "docs" / "viewer.html"
 SLOT = '<script id="poses" type="application/json">null<'
 
 
-def as_json(result):
-    """JSON that may stand in a page: nothing in it can be taken for markup."""
+def write_result(path, result):
+    """The result as JSON in which nothing can be taken for markup, or, for .html, the page that
+    shows it: docs/viewer.html with that JSON in its slot."""
     text = json.dumps(result, allow_nan=False)  # in ASCII: other letters are escaped
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    if path.suffix == ".html":
+        page = VIEWER.read_text(encoding="utf-8")
+        text = page.replace(SLOT, SLOT.replace("null", text))
+    data.write_text(path, text)
 
 
-def write_page(path, result):
-    """The page that shows a result, made of docs/viewer.html: whole or not at all."""
-    template = HERE / "docs" / "viewer.html"
-    page = template.read_text(encoding="utf-8")
-    if page.count(SLOT) != 1:
-        raise InputError(f"{template}: no single {SLOT} in it; take the project's")
-    page = page.replace(SLOT, SLOT.replace("null", as_json(result)))
-    data.write_atomically(path, lambda file: file.write(page.encode()))
-
-
-def write_poses(path, result):
-    """The result as .json, or as the arrays of an .npz: a row a pose."""
-    if path.suffix.lower() == ".json":
-        data.write_atomically(path, lambda file: file.write(as_json(result).encode()))
-        return
+def write_arrays(path, result):
+    """The result as the arrays of an .npz: a row a pose."""
     people = result["people"]
-    arrays = {key: np.array(result[key])
-              for key in ("fps", "joints", "edges", "source", "model", "licence")}
+    about = ("fps", "joints", "edges", "source", "model", "licence")
+    arrays = {key: np.array(result[key]) for key in about}
     for key in ("poses", "root", "keypoints", "interpolated", "frames"):
-        arrays[key] = np.concatenate([np.array(one[key]) for one in people])
+        arrays[key] = np.concatenate([one[key] for one in people])
     arrays["interpolated"] = arrays["interpolated"].astype(bool)
     for key, name in (("person", "name"), ("size", "size"), ("focal", "focal")):
         arrays[key] = np.concatenate([[one[name]] * len(one["frames"]) for one in people])
     data.write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
-def draw_pose(ax, pose):
-    """A pose (17, 2) in place of another: left limbs blue, right ones orange."""
-    skeleton = data.SKELETONS["h36m17"]
-    for line in list(ax.lines):
-        line.remove()
-    for parent, child in skeleton.edges:
-        colour = "tab:blue" if child in skeleton.left else "0.25"
-        if child in skeleton.right:
-            colour = "tab:orange"
-        ax.plot(*pose[[parent, child]].T, color=colour, linewidth=1.8, solid_capstyle="round")
-
-
-def plot_poses(path, pose_2d, poses, fps=30.0, frames=None):
-    """A picture of 2D poses (T, 17, 2) beside their 3D poses (T, 17, 3), root-relative, from the
-    camera and from its right: six frames evenly spread (.png), or an animation (.gif) at the speed
-    of `fps` poses a second. Equal axes about the root, one scale for all. frames (T,): what to
-    call them."""
-    from matplotlib.animation import FuncAnimation, PillowWriter
+def plot_poses(path, person, fps):
+    """A picture of a person's 2D poses beside their 3D poses from the camera and from its right:
+    six frames evenly spread (.png), or an animation (.gif) at the speed of `fps` poses a second.
+    Equal axes about the root, one scale for all."""
+    from matplotlib.animation import PillowWriter
+    from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
-    count = len(poses)
-    frames = range(count) if frames is None else frames
-    step = max(math.ceil(fps / 12.5), math.ceil(count / 300))  # 12.5 pictures a second, 300 at most
-    moving = Path(path).suffix.lower() == ".gif"
-    if moving:
-        times = np.arange(0, count, step)
-        figure = Figure((7.2, 2.7), layout="constrained")
-        axes = figure.subplots(1, 3)[:, None]
-    else:
-        times = np.unique(np.linspace(0, count - 1, 6).round().astype(int))
-        figure = Figure((1.5 * len(times), 4.7), layout="constrained")
-        axes = figure.subplots(3, len(times), squeeze=False)
+    pose_2d, poses = np.array(person["keypoints"]), np.array(person["poses"])
+    skeleton, count = data.SKELETONS["h36m17"], len(poses)
+    edges = np.array(skeleton.edges)  # (16, 2): parent, child
+    colours = np.full(17, "0.25", "U10")
+    colours[list(skeleton.left)] = "tab:blue"
+    colours[list(skeleton.right)] = "tab:orange"
     views = {"2D input": pose_2d - pose_2d[:, :1], "3D, from the camera": poses[..., [0, 1]],
              "3D, from its right": poses[..., [2, 1]]}
+
+    moving = path.suffix.lower() == ".gif"
+    times = np.unique(np.linspace(0, count - 1, 6).round().astype(int))
+    if moving:
+        figure = Figure((7.2, 2.7), layout="constrained")
+        axes = figure.subplots(1, 3)[:, None]  # (views, columns)
+    else:
+        figure = Figure((1.5 * len(times), 4.7), layout="constrained")
+        axes = figure.subplots(3, len(times), squeeze=False)
     for row, (title, points) in zip(axes, views.items()):
-        reach = 1.08 * np.abs(points[times]).max()
         row[0].set_ylabel(title, fontsize=8)
+        reach = 1.08 * np.abs(points).max()
         for ax in row:
             ax.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal", xticks=[], yticks=[])
+            ax.add_collection(LineCollection([], colors=colours[edges[:, 1]], linewidths=1.8))
 
     def draw(t, column):
-        column[0].set_title(f"frame {frames[t]}", fontsize=8)
+        column[0].set_title(f"frame {person['frames'][t]}", fontsize=8)
         for ax, points in zip(column, views.values()):
-            draw_pose(ax, points[t])
+            ax.collections[0].set_segments(points[t][edges])  # (16, 2, 2)
 
     if not moving:
         for t, column in zip(times, axes.T):
             draw(t, column)
-        data.write_atomically(path, lambda file: figure.savefig(file, format="png"))
+        figure.savefig(path)
         return
-    animation = FuncAnimation(figure, draw, times, fargs=(axes[:, 0],))
-    rate = max(fps / step, 1 / 655)  # a GIF shows no picture for longer than 655 s
-    with tempfile.TemporaryDirectory() as folder:
-        animation.save(f"{folder}/poses.gif", PillowWriter(rate))
-        content = Path(folder, "poses.gif").read_bytes()
-    data.write_atomically(path, lambda file: file.write(content))
+    step = max(math.ceil(fps / 12.5), math.ceil(count / 300))  # 300 pictures at most
+    writer = PillowWriter(max(fps / step, 1 / 655))  # a GIF shows none for longer than 655 s
+    with writer.saving(figure, path, dpi=100):
+        for t in range(0, count, step):
+            draw(t, axes[:, 0])
+            writer.grab_frame()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1748,27 +1516,17 @@ def numbers(text):
     return tuple(int(part) for part in text.split(","))
 
 
-def words(text):
-    """Comma-separated words, as a tuple."""
-    return tuple(text.split(","))
-
-
 def checkpoint_parser(prog, about):
-    """A parser of a checkpoint and of what a release's file does not say of it."""
+    """A parser of load_model's arguments: a checkpoint and what a release's file does not say."""
     parser = Parser(prog=prog, description=about)
     add = parser.add_argument
-    add("checkpoint", help="of train.py, of GridConv's release or of GLA-GCN's")
-    add("--padding", type=words, help="GridConv's release: its branches, as circular,zeros")
+    add("path", metavar="checkpoint", help="of train.py, of GridConv's release or of GLA-GCN's")
+    add("--padding", type=lambda text: text.split(","),
+        help="GridConv's release: its branches, as circular,zeros")
     add("--filter-widths", type=numbers, help="GLA-GCN's release: as 3,3,3,3,3 for T = 243")
-    add("--skeleton", help="GLA-GCN's release: h36m17 or 3dhp17 for 17 joints")
+    add("--skeleton", help="GLA-GCN's release: h36m17, 3dhp17 or humaneva15")
     add("--keypoints", help="the 2D poses: gt, hrnet, cpn_ft_h36m_dbb, detectron_pt_coco, ...")
     return parser
-
-
-def load_checkpoint(args, **overrides):
-    """`load_model` with the options of `checkpoint_parser`."""
-    given = {name: getattr(args, name) for name in (*FACTS, "keypoints")}
-    return load_model(args.checkpoint, **given, **overrides)
 
 
 def evaluate_command(argv):
@@ -1777,237 +1535,207 @@ def evaluate_command(argv):
     Further commands: eval.py inspect, eval.py lift (each has a --help)."""
     parser = checkpoint_parser("eval.py", evaluate_command.__doc__)
     add = parser.add_argument
-    add("--data", default="data", metavar="DIR", help="folder of the data (default: data)")
-    add("--dataset", choices=data.DATASETS, help="another than the one trained on")
+    add("--data", dest="folder", default="data", help="folder of the data (default: data)")
+    add("--dataset", dest="data", choices=data.DATASETS, help="another than the one trained on")
     add("--cameras", choices=("recorded", "random"), help="random: none that training sees")
     add("--flip", action=argparse.BooleanOptionalAction, help="average with the mirrored input's")
-    add("--json", metavar="FILE", help="write the figures there as well")
-    add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    args = parser.parse_args(argv)
+    add("--json", metavar="FILE", help="write the figures there")
+    add("--device", help="cpu, cuda, ... (cuda where there is one)")
+    options = vars(parser.parse_args(argv))
+    folder, flip, device, out = map(options.pop, ("folder", "flip", "device", "json"))
 
-    device, precision = pick_device(args.device)
-    model = load_checkpoint(args, data=args.dataset, cameras=args.cameras).to(device)
+    device, precision = pick_device(device)
+    model = load_model(**options).to(device)
     recipe = model.recipe
-    recipe.noise = recipe.missing = 0.0  # of training alone; measured is the 2D as the files hold it
+    recipe.noise = recipe.missing = 0.0  # of training alone: measured is the 2D of the files
     if recipe.data in ("3dhp", "synthetic"):  # they have no other 2D
         recipe.keypoints = "gt"
     if recipe.keypoints is None:
-        raise InputError(f"{args.checkpoint}: it does not say its 2D poses: give --keypoints")
-    flip = recipe.flip_test if args.flip is None else args.flip
-    store = data.make_store(recipe, args.data, "test", device)
+        raise InputError(f"{options['path']}: it does not say its 2D poses: give --keypoints")
+    flip = recipe.flip_test if flip is None else flip
+    store = data.make_store(recipe, folder, "test", device)
     test_data = data.provenance(store.sequences)
     result = {
-        "recipe": vars(recipe), "checkpoint": str(args.checkpoint), "flip": flip,
-        "data": model.trained_on, "test_data": test_data,
+        "recipe": vars(recipe), "data": model.trained_on, "test_data": test_data,
         "compares": compares(recipe, test_data, model.trained_on),
         "parameters": sum(p.numel() for p in model.parameters()), "torch": torch.__version__,
         "device": device_name(device), "precision": precision, "autogrids": learnt_grid(model),
-        "last": {"epoch": model.epoch, **evaluate(model, store, flip=flip)}}
+        "last": {"epoch": model.epoch, **evaluate(model, store, flip)}}
     try:
-        train_store = data.make_store(recipe, args.data, "train", device)
-        result["yardsticks"] = yardsticks(train_store, store)
+        result["yardsticks"] = yardsticks(data.make_store(recipe, folder, "train", device), store)
     except (InputError, OSError) as error:  # training data need not be at hand
         print(f"no yardsticks: {error}", file=sys.stderr)
-    if args.json:
-        text = json.dumps(result, indent=1).encode()
-        data.write_atomically(args.json, lambda file: file.write(text))
-    print(f"{args.checkpoint}: {recipe.keypoints} 2D, {'with' if flip else 'without'} flips\n")
+    if out:
+        data.write_text(out, json.dumps(result, indent=1))
+    print(f"{options['path']}: {recipe.keypoints} 2D, {'with' if flip else 'without'} flips\n")
     print(report(result))
 
 
 def inspect_command(argv):
     """A model's size, its grid and the graph that this stands for, and what it learnt."""
     parser = checkpoint_parser("eval.py inspect", inspect_command.__doc__)
-    print(inspect(load_checkpoint(parser.parse_args(argv))))
+    print(inspect(load_model(**vars(parser.parse_args(argv)))))
 
 
 # ----------------------------------------------------------------------------------------------
 # python eval.py lift
 
-WILD = ("glagcn-wild", "gridconv-wild")  # the pretrained models, of videos and of single images
-
-
-def load_models(path, device):
-    """The named model alone, or the pretrained ones beside this file."""
-    paths = [path] if path else [HERE / "pretrained" / f"{name}.pt" for name in WILD]
-    models = []
-    for place in paths:
-        if path is None and not place.is_file():
-            raise InputError(f"{place}: not found; name a checkpoint with --model")
-        models.append(load_model(place).to(device))
-        with naming(place):
-            check_liftable(models[-1])
-    return models
-
-
 def model_for(track, models):
-    """The model that is named, or the pretrained one that fits: of videos where enough frames in a
-    row show the person, with gaps of up to GAP frames between them."""
+    """The model that is named, or of the two pretrained ones that of videos, where enough frames
+    in a row show the person, with gaps of up to GAP frames, or that of single images."""
     video, images = models[0], models[-1]
     if not track.step and images.receptive_field > 1:
         raise InputError(f"single images; the model needs {images.receptive_field} video frames")
-    run = 0
-    if track.step == 1:
-        seen = np.flatnonzero(is_seen(track.keypoints).any(1))
-        runs = np.split(seen, np.flatnonzero(np.diff(seen) > GAP + 1) + 1)
-        run = max(part[-1] - part[0] + 1 for part in runs)
-    return video if run >= video.receptive_field else images
+    if track.step != 1:
+        return images
+    seen = np.flatnonzero(is_seen(track.keypoints).any(1))
+    runs = np.split(seen, np.flatnonzero(np.diff(seen) > GAP + 1) + 1)
+    longest = max(np.ptp(run) + 1 for run in runs)
+    return video if longest >= video.receptive_field else images
 
 
-def prepare_track(track, size, args, fps):
-    """`prepare` for a video, or for each of single images on its own: (pose_2d, interpolated,
-    frames, what was left out and why)."""
-    joints = track.joints or args.joints
+def lift_track(track, model, args, fps, lines, cautions):
+    """One person's entry of the result; `lines` gets one about it, `cautions` the single images
+    left out and why. These are prepared each on its own. Numbers are rounded here, once for all
+    files."""
+    size, joints = track.size or args.size, track.joints or args.joints
+    check_settings(size, focal=args.focal)
+    if args.size not in (None, size):
+        raise InputError(f"--size: the file says {size[0]:g}x{size[1]:g}; leave it out")
     if args.joints not in (None, joints):
         raise InputError(f"--joints {args.joints}: the file's are {joints}")
     keypoints = track.keypoints * (*size, 1) if track.fractions else track.keypoints
-    settings = size, joints, args.min_score, args.smooth, fps
-    if track.step:
-        return *prepare(keypoints, *settings), track.frames, []
-    made, frames, left_out = [], [], []
-    for name, points in zip(track.frames, keypoints):
+
+    made, frames = [], []
+    at_once = len(keypoints) if track.step else 1
+    for t in range(0, len(keypoints), at_once):
+        part = slice(t, t + at_once)
         try:
-            made.append(prepare(points[None], *settings))
-            frames.append(name)
+            made.append(prepare(keypoints[part], size, joints, args.min_score, args.smooth, fps))
+            frames += track.frames[part]
         except InputError as error:
-            left_out.append(f"person {track.person}: image {name} left out: {error}")
+            if track.step:
+                raise
+            cautions.append(f"person {track.person}: image {track.frames[t]} left out: {error}")
     if not made:
-        raise InputError(left_out[0])
-    return *map(np.concatenate, zip(*made)), frames, left_out
+        raise InputError("no image of theirs is left")
+    pose_2d, interpolated = map(np.concatenate, zip(*made))
 
-
-def lift_track(track, model, args, fps):
-    """(one person's entry of the result, a line about it, what was left out). Numbers are rounded
-    here, once for all files."""
-    size = track.size or args.size
-    if size is None:
-        raise InputError("the file does not say the image's size: give --size WIDTHxHEIGHT")
-    if args.size not in (None, size):
-        raise InputError(f"--size: the file says {size[0]:g}x{size[1]:g}; leave it out")
-    pose_2d, interpolated, frames, left_out = prepare_track(track, size, args, fps)
     poses = lift_poses(model, pose_2d, size, args.flip).astype(float)
     focal = args.focal or math.hypot(*size)
     root = root_trajectory(pose_2d, poses, focal, np.array(size) / 2)
-    person = {
+    gaps = interpolated.all(1)
+    what = "frames" if track.step else "single images"
+    lines.append(f"person {track.person}: {len(poses)} {what}, by {model.recipe.name}; interpolated"
+                 f": {gaps.sum()} whole frames, {interpolated[~gaps].sum()} single joints")
+    return {
         "name": track.person, "size": size, "focal": focal, "frames": frames,
         "poses": poses.round(4).tolist(), "root": root.round(4).tolist(),
         "keypoints": pose_2d.round(2).tolist(), "interpolated": interpolated.astype(int).tolist()}
-    gaps = interpolated.all(1)
-    what = "frames" if track.step else "single images"
-    line = (f"person {track.person}: {len(poses)} {what}, by {model.recipe.name}; interpolated: "
-            f"{gaps.sum()} whole frames, {interpolated[~gaps].sum()} single joints")
-    return person, line, left_out
 
 
 def width_x_height(text):
     """(width, height) of text such as 1920x1080."""
-    width, height = text.lower().split("x")
-    return float(width), float(height)
+    return tuple(map(float, text.lower().split("x")))
 
 
 def lift_options(argv):
-    """The command's options, checked."""
+    """The command's options; what depends on the file is checked with it."""
+    both = [HERE / "pretrained" / f"{name}-wild.pt" for name in ("glagcn", "gridconv")]
     parser = Parser(prog="eval.py lift", description=lift_command.__doc__)
     add = parser.add_argument
-    add("keypoints", metavar="KEYPOINTS", type=Path, help="a detector's file or folder")
-    add("--model", type=Path, metavar="CHECKPOINT", help="default: the pretrained one that fits")
-    add("--size", type=width_x_height, metavar="WxH", help="the image's, where no file says it")
-    add("--joints", choices=TO_H36M, help="what 17 joints are (default: coco)")
-    add("--person", help="lift this one alone (default: everyone)")
-    add("--min-score", type=float, default=0.0, help="joints not above it are interpolated (0)")
-    add("--smooth", type=float, nargs="?", const=2.0, metavar="HZ", help="One-Euro cutoff (2)")
-    add("--fps", type=float, default=30.0, help="of the video, for smoothing and playing (30)")
-    add("--focal", type=float, metavar="PIXELS", help="for the root (the image's diagonal)")
+    add("keypoints", metavar="KEYPOINTS", type=Path, help="a file or folder")
+    add("--model", type=Path, nargs=1, default=both, help="(the pretrained one that fits)")
+    add("--size", type=width_x_height, metavar="WxH", help="the image's, if not in the file")
+    add("--joints", choices=TO_H36M, help="what 17 joints are (coco)")
+    add("--person", help="this one alone (everyone)")
+    add("--min-score", type=float, default=0.0, help="joints not above it are gaps (0)")
+    add("--smooth", type=float, nargs="?", const=2.0, help="One-Euro cutoff in Hz (2)")
+    add("--fps", type=float, default=30.0, help="the video's (30)")
+    add("--focal", type=float, help="in pixels (the image's diagonal)")
     add("--flip", action=argparse.BooleanOptionalAction, help="average with the mirrored input's")
-    add("--out", type=Path, default="poses.npz", metavar="FILE", help=".npz or .json (poses.npz)")
-    add("--plot", type=Path, nargs="+", default=[], metavar="FILE", help=".png or .gif")
-    add("--device", help="cpu, cuda, ... (cuda where there is one)")
+    add("--out", type=Path, default="poses.npz", help=".npz or .json (poses.npz)")
+    add("--plot", type=Path, nargs="+", default=[], help=".png or .gif")
+    add("--device", help="cpu, cuda, ...")
     at = argv.index("--size") + 1 if "--size" in argv else len(argv)
     if len(argv) >= at + 2 and all(map(str.isdecimal, argv[at:at + 2])):  # --size W H
         argv = [*argv[:at], "x".join(argv[at:at + 2]), *argv[at + 2:]]
     args = parser.parse_args(argv)
-    check_settings(args.size or (1, 1), min_score=args.min_score, smooth=args.smooth, fps=args.fps,
-                   focal=args.focal)
+
     if args.out.suffix.lower() not in (".npz", ".json"):
-        raise InputError(f"--out {args.out}: expected a name in .npz or .json")
+        raise InputError(f"--out {args.out}: expected .npz or .json")
     args.page = args.out.with_suffix(".html")
-    for path in args.plot:
-        if path.suffix.lower() not in (".png", ".gif"):
-            raise InputError(f"--plot {path}: expected a name in .png or .gif")
-    read = [path.resolve() for path in (args.keypoints, args.model) if path]
     for path in (args.out, args.page, *args.plot):
-        if path.resolve() in read or path.is_dir():
-            raise InputError(f"{path}: would overwrite a folder or what is read; choose another")
-    if args.plot and not find_spec("matplotlib"):
-        raise InputError("--plot needs matplotlib: pip install matplotlib")
+        if path.is_dir() or path.resolve() in (args.keypoints.resolve(), args.model[0].resolve()):
+            raise InputError(f"{path}: would overwrite a folder or what is read")
+    for path in args.plot:
+        if path.suffix.lower() not in (".png", ".gif") or not find_spec("matplotlib"):
+            raise InputError(f"--plot {path}: needs .png or .gif, and pip install matplotlib")
     return args
 
 
 def lift_command(argv):
     """python eval.py lift KEYPOINTS: any detector's 2D keypoints to 3D poses, and to a page that
     shows them."""
-    args = lift_options(list(argv))
+    args = lift_options(argv)
     everyone = read_keypoints(args.keypoints)
     tracks = [track for track in everyone if args.person in (None, track.person)]
     if not tracks:
         known = ", ".join(track.person for track in everyone[:20])
         raise InputError(f"--person {args.person}: not in {args.keypoints}; it has {known}")
     device, _ = pick_device(args.device)
-    models = load_models(args.model, device)
+    models = [load_model(path).to(device) for path in args.model]
     fps = args.fps / (tracks[0].step or 1)
+
     people, lines, cautions, licences = [], [], [], {}
     for track in tracks:
         try:
             model = model_for(track, models)
-            person, line, left_out = lift_track(track, model, args, fps)
+            people.append(lift_track(track, model, args, fps, lines, cautions))
+            licences[model.recipe.name] = model.licence or "not stated"
         except InputError as error:  # one bad track does not cost the others
             cautions.append(f"person {track.person}: left out: {error}")
-            continue
-        people.append(person)
-        lines.append(line)
-        cautions += left_out
-        licences[model.recipe.name] = model.licence or "not stated"
     if not people:
         raise InputError(f"{args.keypoints}: {cautions[0]}")
+
     skeleton = data.SKELETONS["h36m17"]
     result = {
         "format": "poselift poses", "source": one_line(args.keypoints.name), "fps": fps,
         "model": ", ".join(licences), "licence": "; ".join(dict.fromkeys(licences.values())),
         "joints": skeleton.joints, "edges": skeleton.edges, "left": skeleton.left,
         "right": skeleton.right, "people": people}
-    template = HERE / "docs" / "viewer.html"
-    if template.is_file():
-        write_page(args.page, result)
-        lines.append(f"to open and turn -> {args.page}")
+    if args.out.suffix.lower() == ".json":
+        write_result(args.out, result)
     else:
-        lines.append(f"no page: {template} not found")
-    write_poses(args.out, result)
+        write_arrays(args.out, result)
     lines.append(f"{sum(len(person['frames']) for person in people)} poses -> {args.out}")
+    page = f"no page: {VIEWER} not found"
+    if VIEWER.is_file():
+        write_result(args.page, result)
+        page = f"to open and turn -> {args.page}"
     longest = max(people, key=lambda one: len(one["frames"]))
     for path in args.plot:
-        pose_2d, poses = np.array(longest["keypoints"]), np.array(longest["poses"])
-        plot_poses(path, pose_2d, poses, fps, longest["frames"])
+        plot_poses(path, longest, fps)
         lines.append(f"person {longest['name']} -> {path}")
-    lines.append(f"root: by a focal length of {longest['focal']:.0f} pixels (--focal where known)")
-    lines.append(f"licence of {result['model']}: {result['licence']}")
     for warning in cautions:
         print(f"warning: {warning}", file=sys.stderr)
-    print("\n".join(lines))
+    print("\n".join([*lines, page]))
+    print(f"root: by a focal length of {longest['focal']:.0f} pixels (--focal where known)")
+    print(f"licence of {result['model']}: {result['licence']}")
 
 
 COMMANDS = {"inspect": inspect_command, "lift": lift_command}
 
 
-def main(argv=None):
+def main():
     """Runs one of COMMANDS, or evaluates the checkpoint that the first argument names."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    first = argv[0] if argv else "--help"
+    first, *rest = sys.argv[1:] or ["--help"]
     if first in COMMANDS:
-        return COMMANDS[first](argv[1:])
+        return COMMANDS[first](rest)
     if not Path(first).exists():
         for near in difflib.get_close_matches(first, COMMANDS, n=1):
-            raise InputError(f"unknown command {first!r} (nor a file), did you mean {near}?")
-    evaluate_command(argv)
+            raise InputError(f"unknown command {first!r}, did you mean {near}?")
+    evaluate_command(sys.argv[1:])
 
 
 if __name__ == "__main__":
