@@ -6,12 +6,11 @@
 # With Human3.6M in data/ (or in the folder that DATA names) this runs the headline rows of both
 # papers, on one CUDA GPU or on a CPU. Without it, the same pipeline runs on procedural motion, in
 # minutes on two CPU cores. It says first what it will run, on what and in about how much memory,
-# and writes results/report.md and results/report.json.
+# and writes results/report.md.
 #
 #   --only ROW,...   these rows alone (.venv/bin/python train.py --list shows them)
 #   --all            every published row whose data is there; the C = 512 row only by --only
 #   --seeds N        seeds 0 to N-1, with mean and spread
-#   --quick          a tenth of the epochs, labelled so
 #   --batch 100 ...  any option of a recipe, for every row; the report says which were changed
 #
 # An interrupted run goes on where it stopped when the command is given again; finished runs are

@@ -7,18 +7,17 @@
     python train.py --list                              # recipes: row, figure, data here, size
     python train.py ablate gridconv-5 --data data       # the rows of one table, side by side
     python train.py report results                      # the table of every run in a folder
-    python train.py reproduce --data data --quick       # what bash reproduce.sh runs
+    python train.py reproduce --data data               # what bash reproduce.sh runs
     python train.py bench                               # the fast forms beside the papers'
 
-A run's folder holds last.pt (the whole state: the same command goes on from there), previous.pt
-(the state before it), best.pt (the weights of the epoch that was best on the test set), model.pt
-(those of the last epoch), log.csv and result.json. Same recipe, seed, machine and number of
+A run's folder holds last.pt (the whole state: the same command goes on from there), best.pt (the
+weights of the epoch that was best on the test set), model.pt (those of the last epoch), log.csv and
+result.json. Same recipe, seed, machine and number of
 threads: same numbers, bit for bit on the CPU, interrupted or not.
 """
 import argparse
 import contextlib
 import copy
-import csv
 import difflib
 import functools
 import inspect
@@ -27,7 +26,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import signal
 import statistics
@@ -36,21 +34,21 @@ import sys
 import time
 import traceback
 import zlib
+from configparser import ConfigParser
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
 import data  # before torch: it bounds how long OpenMP's threads spin
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import eval as evaluation
 import gridconv
-from data import HUMANEVA_ACTIONS, InputError
-from glagcn import GLAGCN, AdaptiveGraphConv, AGCNBlock, Refinement, mean_distance
+from data import HUMANEVA_ACTIONS, InputError, make_store
+from glagcn import GLAGCN, AdaptiveGraphConv, Refinement, mean_distance
 
 # --------------------------------------------------------------------------------------------------
 # Recipes
@@ -60,7 +58,7 @@ from glagcn import GLAGCN, AdaptiveGraphConv, AGCNBlock, Refinement, mean_distan
 class Recipe:
     """One training run, whole and flat. The comments are the help texts of the options."""
 
-    name: str = ""
+    name: str = ""  # its words say a published row's data and 2D: eval.compares
     row: str = ""  # the table row it reproduces, or what it is for
     paper_mpjpe: float = 0.0  # the paper's figure in mm; 0: none
     paper_p_mpjpe: float = 0.0  # the paper's figure after alignment in mm; 0: none
@@ -117,13 +115,12 @@ class Recipe:
     refine: bool = False  # a refinement network in stage two: a second figure, with the true root
     batch: int = 200
     micro_batch: int = 0  # samples at a time, gradients accumulated to the batch; 0: all at once
-    norm_schedule: bool = False  # GLA-GCN's batch-norm momentum schedule
+    norm_schedule: bool = False  # batch norm's momentum falls (VideoPose3D, GLA-GCN)
     flips: bool = False  # every sample a second time per epoch, mirrored
     flip_test: bool = False  # average with the mirrored prediction
     jitter: bool = False  # targets' (x, y) rotated and scaled, as GLA-GCN's release does unsaid
     precision: str = "auto"  # auto (tf32 on CUDA, float32 elsewhere), float32, tf32 or bf16
     compile: bool = False  # torch.compile of the model, which takes minutes
-    sync_norm: bool = False  # several GPUs: batch-norm statistics of the whole batch
     clip: float = 0.0  # largest gradient norm; 0: none
     deterministic: bool = False  # CUDA: the same bits every time, and slower; CPUs always do
     eval_every: int = 1  # epochs between evaluations; the last epoch always is
@@ -131,7 +128,7 @@ class Recipe:
 
 
 # How a run is executed: named in the report, no settings, and may differ when it is resumed.
-EXECUTION = ("precision", "micro_batch", "compile", "sync_norm", "deterministic")
+EXECUTION = ("precision", "micro_batch", "compile", "deterministic")
 TEXTS = ("row", "ours", "paper_mpjpe", "paper_p_mpjpe", "paper_pck", "paper_auc")
 FIGURES = ("mpjpe", "p_mpjpe", "pck", "auc")  # that a paper may give: mm, mm, %, %
 JOINTS_32 = dict(skeleton="h36m32", grid=(7, 5))
@@ -243,27 +240,31 @@ def open_recipes():
 
 RECIPES = published_recipes() | open_recipes()
 
+WORDS = {
+    "loss": ("mse", "grid", "mpjpe"), "precision": ("auto", "float32", "tf32", "bf16"),
+    "target": ("camera", "uvd"), "skip": ("", "gridconv"), "cameras": ("recorded", "random"),
+    "optimizer": ("adam", "amsgrad", "ranger")}
+RANGES = {
+    "epochs": (1e-9, 1e9), "batch": (2, 1e9), "eval_every": (1, 1e9), "hidden": (1, 1e9),
+    "channels": (1, 1e9), "noise": (0, 1), "missing": (0, 0.9), "dropout": (0, 1),
+    "lr": (0, 1e31), "seed": (0, 2 ** 40), "layout_seed": (0, 2 ** 40)}
+SHAPES = {"grid": "n, n", "kernel_sizes": r"n, \(n, n\), n", "filter_widths": "n(, n)*,?"}
+
 
 def check_recipe(recipe):
     """InputError for settings of a training that cannot be meant; a model refuses its own."""
-    words = {"loss": ("mse", "grid", "mpjpe"), "precision": ("auto", "float32", "tf32", "bf16"),
-             "target": ("camera", "uvd"), "skip": ("", "gridconv"),
-             "optimizer": ("adam", "amsgrad", "ranger"), "cameras": ("recorded", "random")}
-    least = {"epochs": 1e-9, "batch": 2, "eval_every": 1, "hidden": 1, "channels": 1}
-    most = {"noise": 1, "missing": 0.9, "dropout": 1, "lr": 1e31, "seed": 2 ** 40,
-            "layout_seed": 2 ** 40}
     for name, value in vars(recipe).items():
-        if value not in words.get(name, [value]):
-            raise InputError(f"{name}: unknown {value!r}, one of {words[name]} expected")
-        low, high = least.get(name, 0), most.get(name, 1e9)
+        if value not in WORDS.get(name, [value]):
+            raise InputError(f"{name}: unknown {value!r}, one of {WORDS[name]} expected")
+        low, high = RANGES.get(name, (0, 1e9))
         if isinstance(value, (int, float)) and not low <= value <= high:
             raise InputError(f"{name}: {value!r}, a number from {low:g} to {high:g} expected")
-    shapes = {"grid": "n, n", "kernel_sizes": "n, (n, n), n", "filter_widths": "n(, n)*,?"}
-    for name, shape in shapes.items():
-        value = re.sub("[0-9]+", "n", repr(getattr(recipe, name)))[1:-1]
-        if value != shape and not re.fullmatch(shape, value):
-            raise InputError(f"{name}: {getattr(recipe, name)!r}, of the shape {shape} expected")
-    learning_rate(recipe, 0)
+        if name in SHAPES and not re.fullmatch(SHAPES[name], re.sub(r"\d+", "n", str(value)[1:-1])):
+            raise InputError(f"{name}: {value!r}, numbers as in {getattr(Recipe, name)} expected")
+    for name in ("norm_schedule", "reconstruct", "refine"):
+        if getattr(recipe, name) and not read_by(recipe.method, name):
+            raise InputError(f"{name}: not of method {recipe.method}")
+    learning_rate(recipe, 0)  # refuses an unknown schedule
     if recipe.micro_batch == 1:
         raise InputError("micro_batch: 1, at least 2 for batch norm expected, or 0")
     if recipe.loss == "grid" and recipe.method != "gridconv":
@@ -271,12 +272,12 @@ def check_recipe(recipe):
     stage_one = recipe.stage_one_epochs
     fits = 0 < stage_one < recipe.epochs if recipe.reconstruct else stage_one == 0
     if not fits:
-        raise InputError(f"stage_one_epochs: {stage_one:g} of {recipe.epochs:g} epochs; with "
-                         "reconstruct more than 0 and fewer than all, without it 0 expected")
-    known = recipe.data not in ("humaneva", "3dhp") and recipe.target == "camera"
-    if recipe.refine and (recipe.loss == "grid" or recipe.swap_sides or not known):
-        raise InputError("refine: needs intrinsics (humaneva and 3dhp have none), poses in the "
-                         "camera frame, a loss on joints, and no swap_sides")
+        raise InputError(f"stage_one_epochs: {stage_one:g}; some of all epochs with reconstruct, 0 "
+                         "without it expected")
+    joints = recipe.target == "camera" and recipe.loss != "grid" and not recipe.swap_sides
+    if recipe.refine and (recipe.data in ("humaneva", "3dhp") or not joints):
+        raise InputError("refine: needs intrinsics, which humaneva and 3dhp lack, and a loss on "
+                         "joints in the camera frame, of their own sides")
 
 
 def settings(recipe):
@@ -304,6 +305,11 @@ def parameters(recipe):
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
+def samples_at_once(recipe):
+    """The samples of a forward pass."""
+    return min(recipe.micro_batch or recipe.batch, recipe.batch)
+
+
 def memory(recipe, precision, at_once):
     """About how many GiB a training step takes: an estimate, from counts without a GPU (docs)."""
     sample = 1.25e-5 * recipe.hidden
@@ -316,27 +322,20 @@ def memory(recipe, precision, at_once):
     return 16 * parameters(recipe) / 2 ** 30 + sample * at_once  # weights, gradients, two moments
 
 
-def samples_at_once(recipe):
-    """The samples of a forward pass."""
-    return min(recipe.micro_batch or recipe.batch, recipe.batch)
-
-
 def out_of_memory(recipe, precision, device):
     """The line that says what would fit where a step did not."""
     at_once = samples_at_once(recipe)
-    room = 0.75 * memory(recipe, precision, at_once)
+    room = memory(recipe, precision, at_once)
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory / 2 ** 30
-        room = min(room, 0.75 * total)
+        room = min(room, torch.cuda.get_device_properties(device).total_memory / 2 ** 30)
     tries = []
     for kind in dict.fromkeys((precision, "bf16")):
         fits = at_once
-        while fits > 2 and memory(recipe, kind, fits) > room:
+        while fits > 2 and memory(recipe, kind, fits) > 0.75 * room:
             fits = max(2, fits // 2)  # batch norm cannot take a single one
-        need = memory(recipe, kind, fits)
-        tries.append(f"--precision {kind} --micro-batch {fits} (about {need:.1f} GiB)")
+        tries.append(f"--precision {kind} --micro-batch {fits}")
     return (f"{recipe.name}: out of memory with {at_once} samples at once in {precision}; try "
-            f"{' or '.join(tries)}; what was saved is kept")
+            f"{' or '.join(tries)} (about {0.75 * room:.1f} GiB); what was saved is kept")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -353,21 +352,20 @@ class Ranger(torch.optim.RAdam):
     def __init__(self, params, lr):
         super().__init__(params, lr=lr, betas=(0.95, 0.999), eps=1e-5)
 
-    @torch.no_grad()
     def step(self, closure=None):
         """One step; a `closure` computes the loss anew, as torch's optimisers take one."""
-        with torch.enable_grad():
-            loss = closure() if closure else None
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        start = {p: p.clone() for p in params if not self.state[p]}
-        super().step()
-        for p, value in start.items():
-            self.state[p]["slow"] = value
-        due = [p for p in params if self.state[p]["step"] % 6 == 0]
+        params = [p for group in self.param_groups for p in group["params"]]
+        start = {p: p.detach().clone() for p in params if p not in self.state}
+        loss = super().step(closure)
+        stepped = [p for p in params if p in self.state]
+        for p in start.keys() & {*stepped}:
+            self.state[p]["slow"] = start[p]
+        due = [p for p in stepped if self.state[p]["step"] % 6 == 0]
         if due:
-            slow = [self.state[p]["slow"] for p in due]
-            torch._foreach_lerp_(slow, due, 0.5)
-            torch._foreach_copy_(due, slow)
+            with torch.no_grad():
+                slow = [self.state[p]["slow"] for p in due]
+                torch._foreach_lerp_(slow, due, 0.5)
+                torch._foreach_copy_(due, slow)
         return loss
 
 
@@ -379,9 +377,8 @@ def make_optimizer(recipe, *modules):
     named = [pair for module in modules for pair in module.named_parameters()]
     weights = [p for name, p in named if not name.endswith("s_prob")]
     s_prob = [p for name, p in named if name.endswith("s_prob")]
-    groups = [{"params": weights, "scale": 1.0}]
-    if s_prob:
-        groups.append({"params": s_prob, "scale": recipe.grid_lr})
+    scaled = ((weights, 1.0), (s_prob, recipe.grid_lr))
+    groups = [{"params": params, "scale": scale} for params, scale in scaled if params]
     if recipe.optimizer == "ranger":
         return ranger(groups, recipe.lr)
     fused = weights[0].is_cuda or None  # one kernel for all; None: what torch does by itself
@@ -404,9 +401,9 @@ def learning_rate(recipe, epoch):
         return recipe.lr * (1 + math.cos(math.pi * min(epoch / recipe.epochs, 1))) / 2
     if recipe.schedule == "3dhp":
         return recipe.lr * 0.95 ** (whole - whole // 5) * 0.5 ** (whole // 5)
-    if re.fullmatch(r"[0-9]*\.?[0-9]+/0*[1-9][0-9]*", recipe.schedule):
-        factor, every = recipe.schedule.split("/")
-        return recipe.lr * float(factor) ** (whole // int(every))
+    steps = re.fullmatch(r"([0-9]*\.?[0-9]+)/(0*[1-9][0-9]*)", recipe.schedule)
+    if steps:
+        return recipe.lr * float(steps[1]) ** (whole // int(steps[2]))
     raise InputError(f"schedule: unknown {recipe.schedule!r}, FACTOR/EPOCHS, cosine, cosine-smooth "
                      "or 3dhp expected")
 
@@ -443,7 +440,7 @@ class Objective(nn.Module):
             # positions and the intrinsics, so mirrored predictions are mirrored back first.
             prediction = prediction.detach()
             if flip is not None:
-                mirrored = data.flip(prediction, store.skeleton)
+                mirrored = store.mirrored(prediction)
                 prediction = torch.where(flip[:, None, None], mirrored, prediction)
             intrinsics = store.normalised_intrinsics(index)
             better = self.refinement(prediction, store.input[index], intrinsics, store.root[index])
@@ -516,14 +513,9 @@ class Run:
 
     def __init__(self, recipe, store, out, device, trained_on="", data_print=(), rank=0, world=1):
         if recipe.batch < 2 * world:
-            raise InputError(f"batch: {recipe.batch} for {world} processes, two samples each at "
-                             "least expected")
-        several_gpus = world > 1 and device.type == "cuda"
-        if recipe.sync_norm and not several_gpus:
-            raise InputError("sync_norm: needs several processes on GPUs (torchrun)")
-        if recipe.compile and several_gpus:
-            raise InputError("compile: torch.compile has open faults with several processes on "
-                             "GPUs (batch norm in graphs): leave it out, or use one GPU")
+            raise InputError(f"batch: {recipe.batch} for {world} processes, at least 2 for each")
+        if recipe.compile and world > 1 and device.type == "cuda":
+            raise InputError("compile: faulty in torch for several processes on GPUs; use one GPU")
         self.recipe, self.store, self.out, self.device = recipe, store, Path(out), device
         self.trained_on, self.data_print = trained_on, list(data_print)
         self.rank, self.world = rank, world
@@ -532,8 +524,6 @@ class Run:
         if recipe.method == "glagcn":
             for weight in self.model.head.parameters():
                 weight.data *= recipe.head_scale
-        if recipe.sync_norm:
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.refinement = nn.Module()
         if recipe.refine:
             self.refinement = Refinement(self.model.num_joints).to(device)
@@ -576,7 +566,7 @@ class Run:
 
     def reach(self, epoch):
         """What changes at a step, `epoch` (a fraction within one) into the run: learning rate,
-        temperature, AutoGrids' noise, stage two's frozen head."""
+        AutoGrids' noise, stage two's frozen head."""
         recipe, model = self.recipe, self.model
         rate = learning_rate(recipe, epoch)
         for group in self.optimizer.param_groups:
@@ -601,15 +591,13 @@ class Run:
         loss of all goes to self.losses."""
         self.reach(self.step / self.epoch_steps)
         share = chunk.tensor_split(self.world)[self.rank]
-        parts = batches(share, self.recipe.micro_batch or len(share))
         total = torch.zeros((), device=self.device)
+        parts = batches(share, self.recipe.micro_batch or len(share))  # in another process fewer
         for part in parts:
-            alone = contextlib.nullcontext()
-            if self.world > 1 and part is not parts[-1]:
-                alone = self.step_loss.no_sync()  # processes exchange gradients once a step
-            with alone:
+            alone = self.world > 1 and part is not parts[-1]  # gradients are exchanged once a step
+            with self.step_loss.no_sync() if alone else contextlib.nullcontext():
                 loss = self.step_loss(part, self.stage_one) * (len(part) / len(chunk))
-                (loss * self.world).backward()
+                (loss * self.world).backward()  # of which several processes take the mean
             total += loss.detach()
         if self.world > 1:
             dist.all_reduce(total)
@@ -623,16 +611,13 @@ class Run:
     def check_finite(self):
         """InputError, naming the first step, where losses of this epoch or weights are not."""
         first = (self.step - 1) // self.epoch_steps * self.epoch_steps
-        losses = self.losses[:self.step - first].tolist()
-        wrong = [f"the loss of step {first + n} is {loss}" for n, loss in enumerate(losses, 1)
-                 if not math.isfinite(loss)]
-        if not wrong and not all(p.isfinite().all() for p in self.objective.parameters()):
-            wrong = [f"the loss is finite, but some weights after step {self.step} are not"]
-        if wrong:
-            kept = "nothing is saved"
-            if (self.out / "last.pt").exists():
-                kept = f"{self.out / 'last.pt'} holds the last good state"
-            raise InputError(f"{wrong[0]}: stopped, {kept}; a smaller --lr or --clip 1 may help")
+        finite = self.losses[:self.step - first].isfinite().tolist()
+        whole = all(p.isfinite().all() for p in self.objective.parameters())
+        if not all(finite) or not whole:
+            step = self.step if all(finite) else first + finite.index(False) + 1
+            raise InputError(f"the loss of step {step} or what it made of the weights is not "
+                             f"finite: stopped, {self.out} holds what was saved before; a smaller "
+                             "--lr or --clip 1 may help")
 
     def weights(self, epoch):
         """What eval.load_model reads."""
@@ -641,8 +626,8 @@ class Run:
                 "temperature": getattr(self.model, "temperature", None),
                 "refinement": self.refinement.state_dict()}
 
-    def save(self):
-        """last.pt, written whole or not at all; the one before stays, as previous.pt."""
+    def save(self, stop=0):
+        """last.pt, written whole or not at all; SystemExit after the signal `stop`."""
         random = [torch.get_rng_state(), None]
         if self.device.type == "cuda":
             random[1] = torch.cuda.get_rng_state(self.device)
@@ -654,7 +639,11 @@ class Run:
             state = {name: getattr(self, name) for name in kept}
             state |= self.weights(self.step / self.epoch_steps)
             state |= {"optimizer": self.optimizer.state_dict(), "random": everyones}
-            write_torch(self.out / "last.pt", state, self.out / "previous.pt")
+            write_torch(self.out / "last.pt", state)
+        if stop:
+            name = signal.Signals(stop).name
+            print(f"{self.out}: saved after {name}; the same command goes on", file=sys.stderr)
+            raise SystemExit(128 + stop)
 
     def resume(self, state):
         """Continue from a stored state. InputError: of another recipe or data, or no state."""
@@ -662,12 +651,10 @@ class Run:
         if not isinstance(state, dict) or "data_print" not in state:
             raise InputError(f"{path}: not the state of a run; {remedy}")
         theirs = settings(state["recipe"])
+        theirs |= {"processes": len(state["random"]), "frames": state["data_print"]}
+        ours = settings(self.recipe) | {"processes": self.world, "frames": self.data_print}
         differ = [f"{name} {theirs[name]!r} there, {value!r} here"
-                  for name, value in settings(self.recipe).items() if theirs[name] != value]
-        if len(state["random"]) != self.world:
-            differ.append(f"{len(state['random'])} processes there, {self.world} here")
-        if state["data_print"] != self.data_print:
-            differ.append(f"other data, {state['data']} {state['data_print']} there")
+                  for name, value in ours.items() if theirs[name] != value]
         if differ:
             raise InputError(f"{path}: of another run ({'; '.join(differ[:3])}); {remedy}")
         self.model.load_state_dict(state["model"])
@@ -676,119 +663,65 @@ class Run:
         self.losses.copy_(state["losses"])
         for name in ("step", "history", "best", "last", "seconds"):
             setattr(self, name, state[name])
-        if state["temperature"] is not None:
-            self.model.temperature = state["temperature"]
+        self.reach(max(0, self.step - 1) / self.epoch_steps)  # the temperature of the last step
         random, random_cuda = state["random"][self.rank]
         torch.set_rng_state(random)
         if random_cuda is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(random_cuda, self.device)
 
 
-def write_torch(path, content, previous=None):
-    """torch.save, whole or not at all; what stood there before goes to `previous`."""
-    data.write_atomically(path, lambda file: torch.save(content, file), previous)
-
-
-def write_text(path, text):
-    """A file of text in UTF-8, whole or not at all."""
-    data.write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def stored(out):
-    """The state in a run's folder, or None; the one before where last.pt is missing or damaged."""
-    last, previous = out / "last.pt", out / "previous.pt"
-    if not last.exists() and not previous.exists():
-        return None
-    try:
-        return data.read_torch(last, "the run was killed while it saved")
-    except InputError as error:
-        if not previous.exists():
-            raise InputError(f"{error}; remove it to begin anew") from None
-        damage = error
-    try:
-        state = data.read_torch(previous)
-    except InputError as error:
-        raise InputError(f"{damage}; {error}: remove both to begin anew") from None
-    os.replace(previous, last)
-    print(f"warning: {damage}; continuing from the checkpoint before it", file=sys.stderr)
-    return state
-
-
-class Busy(InputError):
-    """A run's folder that another process holds."""
+def write_torch(path, content):
+    """torch.save, whole or not at all."""
+    buffer = io.BytesIO()  # torch's own writer ends a full disk in an error without a name
+    torch.save(content, buffer)
+    data.write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 @contextlib.contextmanager
 def locked(out):
     """Hold a folder for one run, without what a killed process was writing.
 
-    Busy where another live process holds it; a crash lets go of it by itself."""
+    InputError where another live process holds it; a crash lets go of it by itself."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / "lock", "a")  # a file of the user's keeps its content
+        lock(file)
     except OSError as error:
-        raise InputError(f"{out}: cannot make the output folder ({error.strerror}); choose another "
-                         "--out") from None
+        raise InputError(f"{out}: another run is writing there, or it cannot be written "
+                         f"({error.strerror}); wait, or choose another --out") from None
     with file:
-        try:
-            lock(file)
-        except (BlockingIOError, PermissionError):
-            raise Busy(f"{out}: another run is writing there; wait for it or choose another "
-                       "--out") from None
-        except OSError as error:
-            raise InputError(f"{out}: its file system cannot lock ({error.strerror}); choose "
-                             "another --out") from None
         for name in ("last.pt", "best.pt", "model.pt", "log.csv", "result.json"):
-            for leftover in out.glob(f".{name}.*.tmp"):
+            for leftover in out.glob(f".{name}.*.tmp"):  # of write_atomically
                 leftover.unlink()
         yield
 
 
 def lock(file):
     """Lock a file by what the platform has, until it is closed; OSError: another process does."""
-    with contextlib.suppress(ImportError):
+    try:
         import fcntl
-        return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    with contextlib.suppress(ImportError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
         import msvcrt
         file.seek(0)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
 
-class Signals:
-    """SIGINT and SIGTERM while this is entered: `caught` has the last one's number, 0 before.
+@contextlib.contextmanager
+def signals():
+    """[0, and the SIGINTs and SIGTERMs that came while this is entered]: they end nothing."""
+    caught = [0]
 
-    The process goes on; only what runs `with signals.breaking_off()` ends at once, in SystemExit.
-    """
+    def catch(number, _):
+        caught.append(number)
+        print("\nstopping after this step or evaluation", file=sys.stderr, flush=True)
 
-    caught, at_once = 0, False
-
-    def __enter__(self):
-        numbers = signal.SIGINT, signal.SIGTERM
-        self.before = {number: signal.signal(number, self.catch) for number in numbers}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
-
-    def catch(self, number, _):
-        """The handler."""
-        self.caught = number
-        if self.at_once:
-            self.at_once = False
-            raise SystemExit(128 + number)
-
-    @contextlib.contextmanager
-    def breaking_off(self):
-        """What runs inside is ended by a signal, also by one that came before."""
-        self.at_once = True
-        try:
-            if self.caught:
-                raise SystemExit(128 + self.caught)
-            yield
-        finally:
-            self.at_once = False
 
 
 # --------------------------------------------------------------------------------------------------
@@ -800,8 +733,8 @@ def train(recipe, folder="data", out=None, device=None, quiet=False):
 
     The result (also out/result.json): recipe, data, frames, parameters, the last and the best
     epoch's scores on the test set, the yardsticks, seconds, seed, versions, device and how it ran.
-    SIGINT and SIGTERM finish the step or break off an evaluation, save, and raise
-    SystemExit(128 + signal). Under torchrun the processes share each batch; the first evaluates,
+    SIGINT and SIGTERM finish the step or evaluation, save, and raise SystemExit(128 + signal).
+    Under torchrun the processes share each batch; the first evaluates,
     writes and returns the result, the others None.
     InputError: missing or broken data, an impossible recipe, a folder with another run, a loss that
     is not finite, a step that does not fit the memory.
@@ -813,32 +746,19 @@ def train(recipe, folder="data", out=None, device=None, quiet=False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when first used
     torch.use_deterministic_algorithms(recipe.deterministic)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not recipe.deterministic
-    with Signals() as signals, processes(device) as (rank, world):
-        quiet = quiet or rank > 0
+    with signals() as caught, processes(device) as (rank, world):
         try:
             with locked(out) if rank == 0 else contextlib.nullcontext():  # one process writes
-                with signals.breaking_off():
-                    run, stores = prepare(recipe, folder, out, device, rank, world)
-                fit(run, stores["test"], signals, Progress(run, quiet))
+                run, stores = prepare(recipe, folder, out, device, rank, world)
+                fit(run, stores["test"], caught, quiet or rank > 0)
                 if rank > 0:
                     return None
-                with signals.breaking_off():
-                    result = finish(run, stores, precision)
+                result = finish(run, stores, precision)
                 result["files"] = files_read(recipe, folder)
-                write_text(out / "result.json", json.dumps(result, indent=1))
+                data.write_text(out / "result.json", json.dumps(result, indent=1))
                 return result
-        except RuntimeError as error:
-            of_cpu = "DefaultCPUAllocator" in str(error)  # has no class of its own
-            if not of_cpu and not isinstance(error, torch.OutOfMemoryError):
-                raise
+        except torch.OutOfMemoryError:
             raise InputError(out_of_memory(recipe, precision, device)) from None
-        except SystemExit as stop:
-            if not quiet:
-                name = signal.Signals(stop.code - 128).name
-                kept = "saved" if (out / "last.pt").exists() else "nothing was begun"
-                print(f"\nstopped by {name}: {out}: {kept}; the same command goes on",
-                      file=sys.stderr)
-            raise
 
 
 @contextlib.contextmanager
@@ -860,23 +780,19 @@ def prepare(recipe, folder, out, device, rank, world):
     """(a Run, continued from what `out` holds, {"train", "test": its FrameStore})."""
     stores, data_print = {}, []  # frames and checksum: a run is continued on the same data only
     for split in ("train", "test"):
-        store = stores[split] = data.make_store(recipe, folder, split, device)
+        store = stores[split] = make_store(recipe, folder, split, device)
         values = torch.cat([store.input.flatten(), store.target.flatten()]).cpu()
         data_print.append([split, len(store), zlib.crc32(values.numpy())])
     trained_on = data.provenance(stores["train"].sequences)
     run = Run(recipe, stores["train"], out, device, trained_on, data_print, rank, world)
-    state = stored(out) if rank == 0 else None
-    run.agreed(0)  # the folder is whole
-    if rank > 0:
-        state = stored(out)
-    if state is not None:
-        run.resume(state)
+    if (out / "last.pt").exists():
+        run.resume(data.read_torch(out / "last.pt", "remove it to begin anew"))
     return run, stores
 
 
-def fit(run, test_store, signals, progress):
-    """Train the epochs that are left, score them, save; SystemExit after a signal."""
-    saved = time.monotonic()
+def fit(run, test_store, caught, quiet):
+    """Train the epochs that are left, score them, save; SystemExit after a signal `caught`."""
+    saved, progress = time.monotonic(), Progress(run, quiet)
     while len(run.history) < run.epochs:  # a line of the log ends an epoch
         epoch = len(run.history)
         first = epoch * run.epoch_steps
@@ -889,21 +805,14 @@ def fit(run, test_store, signals, progress):
             progress.show()
             if run.world > 1 and run.step % AGREE_STEPS and run.step < last:
                 continue
-            stop, due = run.agreed(signals.caught, time.monotonic() - saved > SAVE_SECONDS)
+            stop, due = run.agreed(caught[-1], time.monotonic() - saved > SAVE_SECONDS)
             if stop or due or run.step == last:
                 run.check_finite()
                 run.seconds += time.perf_counter() - started
-                run.save()
-                if stop:
-                    raise SystemExit(128 + stop)
+                run.save(stop)
                 saved, started = time.monotonic(), time.perf_counter()
-
-        with contextlib.suppress(SystemExit), signals.breaking_off():
-            end_epoch(run, test_store, last - first, progress)
-        (stop,) = run.agreed(signals.caught)
-        if stop:  # nothing is lost: who continues from the last step ends the epoch first
-            raise SystemExit(128 + stop)
-        run.save()
+        end_epoch(run, test_store, last - first, progress)
+        run.save(*run.agreed(caught[-1]))
 
 
 def end_epoch(run, test_store, steps, progress):
@@ -921,11 +830,9 @@ def end_epoch(run, test_store, steps, progress):
             write_torch(run.out / "best.pt", run.weights(epoch))
     run.history.append(row)
     if run.rank == 0:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, row)
-        writer.writeheader()
-        writer.writerows(run.history)
-        write_text(run.out / "log.csv", text.getvalue())
+        lines = [row.keys(), *(line.values() for line in run.history)]
+        text = "\n".join(",".join(map(str, line)) for line in lines)
+        data.write_text(run.out / "log.csv", text.replace("None", "") + "\n")  # empty: not scored
         progress.show(row)
 
 
@@ -934,17 +841,13 @@ def finish(run, stores, precision):
     recipe, test_store = run.recipe, stores["test"]
     write_torch(run.out / "model.pt", run.weights(len(run.history)))
     test_data = data.provenance(test_store.sequences)
-    device = evaluation.device_name(run.device)
-    if run.world > 1:
-        device = f"{run.world} x {device}"
     result = {
         "recipe": asdict(recipe), "data": run.trained_on, "test_data": test_data,
         "compares": evaluation.compares(recipe, test_data, run.trained_on),
         "settings_changed": settings_changed(recipe), "parameters": parameters(recipe),
         "epochs": run.step / run.epoch_steps, "seconds": run.seconds, "seed": recipe.seed,
-        "commit": commit(), "torch": torch.__version__, "numpy": np.__version__,
-        "python": platform.python_version(), "device": device, "precision": precision,
-        "micro_batch": recipe.micro_batch, "compile": recipe.compile,
+        "commit": commit(), "torch": torch.__version__, "python": sys.version.split()[0],
+        "device": f"{run.world} x {evaluation.device_name(run.device)}", "precision": precision,
         "train_frames": len(stores["train"]), "test_frames": int(test_store.valid.sum()),
         "last": run.last, "best": run.best, "autogrids": evaluation.learnt_grid(run.model),
         "yardsticks": evaluation.yardsticks(stores["train"], test_store)}
@@ -965,24 +868,21 @@ def commit():
 
 def files_read(recipe, folder):
     """Name, size and time of the files of a recipe's data: whether it is still the same data."""
-    there = [(path, path.stat()) for path in data.files_of(recipe, folder) if path.exists()]
-    return [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in there]
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns]
+            for path in data.files_of(recipe, folder) if path.exists()]
 
 
 class Progress:
-    """How far a run is, on stderr: on a terminal a line that rewrites itself, elsewhere a line at
-    least every 30 seconds."""
+    """How far a run is: a line on stderr every 15 seconds, and one at the end of each epoch."""
 
     def __init__(self, run, quiet):
         self.run, self.quiet, self.first = run, quiet, run.step
         self.started = self.shown = time.perf_counter()
-        self.terminal = sys.stderr.isatty()
 
     def show(self, row=None):
-        """After a step a line where one is due; after an epoch its row of the log, which stays."""
+        """After a step, if a line is due; after an epoch, with its row of the log."""
         run, now = self.run, time.perf_counter()
-        pause = 1 if self.terminal else 30
-        if self.quiet or row is None and now - self.shown < pause:
+        if self.quiet or row is None and now - self.shown < 15:
             return
         self.shown = now
         done = (run.step - 1) % run.epoch_steps + 1
@@ -993,9 +893,7 @@ class Progress:
                 f"{(run.total_steps - run.step) / rate / 60:.1f} min left")
         if row and row["mpjpe"] is not None:
             line += f"  MPJPE {row['mpjpe']:.1f} mm  P-MPJPE {row['p_mpjpe']:.1f} mm"
-        start = "\r\033[K" if self.terminal else ""
-        end = "" if self.terminal and row is None else "\n"
-        print(start + line, end=end, file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1022,46 +920,36 @@ def clock(call, device, times=1):
     return 1000 * (time.perf_counter() - started) / times
 
 
-def timed_call(model, x, what):
-    """What is timed of a model: a function without arguments."""
-    optimizer = torch.optim.Adam(model.parameters())
-
-    def call():
-        if what == "evaluation":
-            with torch.no_grad():
-                return model(x)
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        if what == "training step":
-            optimizer.step()
-    return call
-
-
 def bench(device=None):
     """Print how much faster the fast forms are than the papers', side by side on this machine."""
     device, precision = evaluation.pick_device(device)
     torch.manual_seed(0)
     print(f"{evaluation.device_name(device)}, torch {torch.__version__}, {precision}\n")
-    plain = dict(dropout=0.0, unshared_weight=0.0)  # dropout's random numbers cost both the same
-    short, longer = GLAGCN(filter_widths=(3,) * 3, **plain), GLAGCN(**plain)
-    block = AGCNBlock(96, 96, short.expand.spatial.A, dropout=0.0)
-    layer = gridconv.DynamicGridConv(256, 256)
-    layers, networks = ("forward and backward",), ("training step", "evaluation")
-    plan = {"D-GridConv layer, batch 200, C = 256": (layer, (200, 256, 5, 5), layers),
-            "GridConv, batch 200": (gridconv.GridLiftingNetwork(), (200, 17, 2), networks),
-            "graph convolution, batch 8, C = 96": (block.spatial, (8, 96, 17, 243), layers),
-            "AGCN block, batch 8, C = 96": (block, (8, 96, 17, 243), layers),
-            "GLA-GCN, batch 64, C = 96, T = 27": (short, (64, 27, 17, 2), networks),
-            "GLA-GCN, batch 8, C = 96, T = 243": (longer, (8, 243, 17, 2), networks)}
+    small, large = (gridconv.GridLiftingNetwork(hidden=hidden) for hidden in (64, 256))
+    gla = GLAGCN(filter_widths=(3, 3, 3), dropout=0.0)  # random numbers cost both the same
+    plan = {"D-GridConv layer, C = 256": (large.blocks[0][0].conv, (200, 256, 5, 5)),
+            "GridConv, batch 200, C = 64": (small, (200, 17, 2)),
+            "GridConv, batch 200, C = 256": (large, (200, 17, 2)),
+            "GLA-GCN, batch 64, C = 96, T = 27": (gla, (64, 27, 17, 2))}
+
+    def step(model, optimizer, x):
+        optimizer.zero_grad()
+        model.train()(x).square().mean().backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def evaluate(model, _, x):
+        model.eval()(x)
+
     rows = []
-    for name, (model, shape, kinds) in plan.items():
+    for name, (model, shape) in plan.items():
         x = torch.randn(shape, device=device)
-        if kinds is layers:
+        if "layer" in name:  # features, which are in channels_last
             x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-        forms = model.to(device), by_reference(model)
-        for what in kinds:
-            calls = [timed_call(form.train(what != "evaluation"), x, what) for form in forms]
-            times = [[clock(call, device) for call in calls] for _ in range(8)][1:]
+        forms = [(form, torch.optim.Adam(form.parameters()), x)
+                 for form in (model.to(device), by_reference(model))]
+        for what, call in (("training step", step), ("evaluation", evaluate)):
+            times = [[clock(lambda: call(*form), device) for form in forms] for _ in range(8)][1:]
             ratio = statistics.median(slow / fast for fast, slow in times)
             medians = [f"{statistics.median(column):.1f}" for column in zip(*times)]
             rows.append([f"{name}: {what}", f"{ratio:.2f}x", *medians])
@@ -1071,9 +959,10 @@ def bench(device=None):
 FULL_SIZE = ("gridconv-gt", "glagcn-gt-27", "glagcn-gt-243", "glagcn-gt-243-reconstruct")
 
 
-def bench_full_size(device=None, only=",".join(FULL_SIZE)):
+def bench_full_size(device=None, only=""):
     """Print ms a step, hours a run and peak memory of published rows at Human3.6M's size, from a
-    few steps timed here: each precision, compiled or not, and the paper's form."""
+    few steps timed here: each precision, compiled or not, and the paper's form. Of a recipe with
+    two stages the first's."""
     device, _ = evaluation.pick_device(device)
     frames, motion = data.H36M_FRAMES["train"][0], data.synthesize(0)
     motion *= math.ceil(frames / sum(len(s.pose_3d) for s in motion))
@@ -1082,109 +971,58 @@ def bench_full_size(device=None, only=",".join(FULL_SIZE)):
     precisions, forms = ("float32", "tf32", "bf16"), ("", "compiled", "the paper's form")
     if device.type == "cpu":
         precisions, forms = ("float32",), ("", "the paper's form")
-    for name in only.split(","):
-        recipe = known_recipe(name)
-        if device.type == "cpu" and recipe.method == "glagcn":
-            recipe = replace(recipe, batch=16)
+    for name, precision, form in itertools.product(only.split(","), precisions, forms):
+        recipe = replace(known_recipe(name), precision=precision, compile=form == "compiled")
         store = data.FrameStore(motion, recipe.normalise, data.SKELETONS["h36m17"], device)
-        for precision, form in itertools.product(precisions, forms):
-            evaluation.pick_device(str(device), precision)
-            way = replace(recipe, precision=precision, compile=form == "compiled")
-            figures = full_size_figures(way, store, device, form == "the paper's form")
-            print(f"| {name} | {recipe.batch} | {precision} {form} | {figures} |", flush=True)
-
-
-def full_size_figures(recipe, store, device, plain):
-    """Cells of ms a step, hours a run, peak GiB; of a recipe with two stages the mean of both."""
-    on_gpu = device.type == "cuda"
-    warm, count = (3, 20) if on_gpu else (1, 2)
-    share, ms = recipe.stage_one_epochs / recipe.epochs, 0.0
-    try:
-        for stage_one, weight in ((1.0, share), (0.0, 1 - share)):
-            run = Run(replace(recipe, epochs=1.0, stage_one_epochs=stage_one), store, ".", device)
-            if plain:
-                run.model = by_reference(run.model)
-                run.step_loss = Objective(run.model, run.refinement, store, recipe).train()
-            run.begin_epoch(0)
-            chunks = iter(run.batches(epoch_order(recipe, len(store), 0).to(device)))
-            for _ in range(warm if weight else 0):
-                run.train_step(next(chunks))
-            if weight:
-                ms += weight * clock(lambda: run.train_step(next(chunks)), device, count)
-    except torch.OutOfMemoryError:
-        return "out of memory | - | -"
-    hours = ms * run.epoch_steps * recipe.epochs / 3.6e6
-    peak = torch.cuda.max_memory_allocated(device) / 2 ** 30 if on_gpu else math.nan
-    return f"{ms:,.1f} | {hours:,.2f} | {peak:.1f}"
+        evaluation.pick_device(str(device), precision)
+        run = Run(replace(recipe, epochs=1.0, stage_one_epochs=1.0), store, ".", device)
+        if form == "the paper's form":
+            run.model = by_reference(run.model)
+            run.step_loss = Objective(run.model, run.refinement, store, recipe).train()
+        run.begin_epoch(0)
+        chunks = iter(run.batches(epoch_order(recipe, len(store), 0).to(device)))
+        figures, peak = "out of memory | -", math.nan
+        with contextlib.suppress(torch.OutOfMemoryError):
+            clock(lambda: run.train_step(next(chunks)), device, 3)
+            ms = clock(lambda: run.train_step(next(chunks)), device, 20)
+            hours = ms * run.epoch_steps * recipe.epochs / 3.6e6
+            figures = f"{ms:,.1f} | {hours:,.2f}"
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device) / 2 ** 30
+            torch.cuda.reset_peak_memory_stats(device)
+        print(f"| {name} | {recipe.batch} | {precision} {form} | {figures} | {peak:.1f} |",
+              flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
 # Ablations: the rows of one table, trained alike
 
 
-def ablation_tables():
-    """{table: (base recipe, what the papers' figures are, {row: (paper's figure, fields)})}.
-
-    noise_epochs is a fraction of the run here; stage one is three quarters of it.
-    """
-    learnt = dict(layout="autogrids", noise_epochs=2 / 7)  # near the paper's 30 epochs of 100
-    logits = dict(layout="autogrids-random", noise_epochs=0.0)
-    layouts = {"random": (38.1, dict(layout="random")), "handcrafted": (37.1, {}),
-               "learnable": (36.4, learnt),
-               "learnable from random logits": (None, logits | dict(grid_lr=3.0)),
-               "those random logits, frozen": (None, logits | dict(grid_lr=0.0))}
-    shuffles = {f"{how} shuffle": (paper, dict(layout=how))
-                for how, paper in (("row", 38.4), ("column", 37.7), ("global", 39.4))}
-    learnt = dict(layout="autogrids", loss="mse", schedule="0.96/10", noise_epochs=0.3)
-    joints = {"17 joints, handcrafted": (37.1, {}), "17 joints, learnable": (36.4, learnt),
-              "32 joints, handcrafted": (35.0, JOINTS_32 | dict(layout="handcrafted")),
-              "32 joints, learnable": (33.4, JOINTS_32 | learnt)}
-    pads = {"#1": "circular", "#2": "replicate", "#3": ("replicate", "circular"),
-            "#4": ("circular", "replicate")}
-    printed = {"#1": 40.8, "#2": 42.3, "#3": 41.1, "#4": 40.4, "#1+#1": 40.2, "#2+#2": 41.2,
-               "#3+#3": 41.5, "#4+#4": 40.5, "#1+#2": 39.0, "#1+#3": 39.2, "#1+#4": 39.3,
-               "#2+#3": 40.6, "#2+#4": 39.7, "#3+#4": 39.5, "#1+#2+#3+#4": 38.9}
-    paddings, attention = {}, {}
-    for name, paper in printed.items():
-        fields = dict(padding=tuple(pads[part] for part in name.split("+")), attention="")
-        paddings[name] = (paper, fields)
-        if name in ("#1", "#2", "#1+#2"):
-            attention[name] = (paper, fields)
-            with_it = fields | dict(attention="grid")
-            attention[f"{name}, attention"] = (37.1 if name == "#1+#2" else None, with_it)
-    sizes = {"3-33-3": (37.1, {}), "3-31-3": (37.2, dict(kernel_sizes=(3, (3, 1), 3))),
-             "3-53-3": (37.8, dict(kernel_sizes=(3, (5, 3), 3))),
-             "3-33-1": (37.7, dict(kernel_sizes=(3, (3, 3), 1)))}
-    others = {"D-GridConv": (37.1, {}), "fully connected": (45.5, dict(method="fc", hidden=1024)),
-              "graph convolution": (None, dict(method="gcn", hidden=256))}
-    equal = {"fully connected": (None, dict(method="fc", hidden=272)),  # 0.33 M parameters each
-             "graph convolution": (None, dict(method="gcn", hidden=285)),
-             "vanilla GridConv": (39.0, dict(attention="")), "D-GridConv": (37.1, {})}
-    parts = {"without AGCN (ST-GCN)": (28.0, dict(adaptive=False)),
-             "without strides": (30.6, dict(temporal="mean")),
-             "without individual layers": (27.7, dict(head="full")),
-             "left and right swapped": (28.1, dict(swap_sides=True)), "GLA-GCN": (25.8, {})}
-    heads, sequence = {}, {}
-    for word, with_it in (("without", False), ("with", True)):
-        sequence[f"{word} reconstruction"] = (None, dict(reconstruct=with_it))
-        for weight in (0.0, 0.5, 1.0):
-            fields = dict(reconstruct=with_it, unshared_weight=weight)
-            heads[f"{word} reconstruction, lambda {weight:g}"] = (None, fields)
-    grid, gla = "gridconv-mocap", "glagcn-mocap"
-    return {"gridconv-5": (grid, "P1*, Table 5", layouts),
-            "gridconv-B": (grid, "P1*, Table B", {"no shuffle": (37.1, {}), **shuffles}),
-            "gridconv-6": ("gridconv-gt", "P1*, Table 6", joints),
-            "gridconv-D": (grid, "P1*, Table D, vanilla", paddings),
-            "gridconv-D-attention": (grid, "P1*, Tables D and 4", attention),
-            "gridconv-E": (grid, "P1*, Table E", sizes),
-            "neighbours": (grid, "P1*, Tables 2 and 5", others),
-            "lifters": (grid, "P1*, Tables 4 and 5, of 4.8 M parameters", equal),
-            "glagcn-6": (gla, "P2 on gt, Table 6", parts),
-            "glagcn-heads": (gla, "of no table", heads),
-            "glagcn-reconstruct": (gla, "of no table", sequence)}
-
-
-ABLATIONS = ablation_tables()
+# {table: (base recipe, what the papers' figures are, {row: (paper's figure, fields)})}. Here
+# noise_epochs is a fraction of the run; stage one is three quarters of it.
+VANILLA, ONE, TWO = dict(attention=""), dict(padding=("circular",)), dict(padding=("replicate",))
+LOGITS = dict(layout="autogrids-random", noise_epochs=0.0, grid_lr=3.0)
+ABLATIONS = {
+    "lifters": ("gridconv-mocap", "P1*, Tables 4 and 5, of 4.8 M parameters", {  # 0.33 M each
+        "fully connected": (None, dict(method="fc", hidden=272)),
+        "graph convolution": (None, dict(method="gcn", hidden=285)),
+        "vanilla GridConv": (39.0, VANILLA),
+        "D-GridConv": (37.1, {})}),
+    "gridconv-5": ("gridconv-mocap", "P1*, Table 5", {
+        "random": (38.1, dict(layout="random")),  # the mean of four
+        "handcrafted": (37.1, {}),
+        "learnable": (36.4, dict(layout="autogrids", noise_epochs=2 / 7)),  # about 30 of 100
+        "learnable from random logits": (None, LOGITS)}),
+    "gridconv-D-attention": ("gridconv-mocap", "P1*, Tables D and 4", {
+        "#1": (40.8, VANILLA | ONE),
+        "#1, attention": (None, ONE),
+        "#2": (42.3, VANILLA | TWO),
+        "#2, attention": (None, TWO),
+        "#1+#2": (39.0, VANILLA),
+        "#1+#2, attention": (37.1, {})}),
+    "glagcn-reconstruct": ("glagcn-mocap", "of no table", {
+        "without reconstruction": (None, dict(reconstruct=False)),
+        "with reconstruction": (None, dict(reconstruct=True))})}
 
 
 def ablate(table, folder, out, seeds=3, only="", options=None, device=None):
@@ -1202,24 +1040,24 @@ def ablate(table, folder, out, seeds=3, only="", options=None, device=None):
         place = Path(out) / re.sub(r"[^\w.]+", "-", recipe.name).strip("-")
         result = finished(recipe, folder, place) or train(recipe, folder, place, device)
         results[label].append(result)
-    header = ["row", "parameters", "minutes", "MPJPE", "spread", "P-MPJPE", "seeds", "paper",
-              "cells changed", "joints dropped"]
     lines = []
     for label, group in results.items():
         errors = [result["last"]["mpjpe"] for result in group]
-        aligned = statistics.fmean(result["last"]["p_mpjpe"] for result in group)
-        minutes = statistics.fmean(result["seconds"] for result in group) / 60
         grids = [result["autogrids"] for result in group if result["autogrids"]]
-        lines.append([label, f"{group[0]['parameters']:,}", minutes, statistics.fmean(errors),
-                      max(errors) - min(errors), aligned, listed(f"{e:.2f}" for e in errors),
-                      rows[label][0], listed(grid["cells_changed"] for grid in grids),
-                      listed(grid["dropped"] for grid in grids)])
-    first = next(iter(results.values()))[0]
+        lines.append({
+            "row": label, "parameters": f"{group[0]['parameters']:,}",
+            "minutes": statistics.fmean(result["seconds"] for result in group) / 60,
+            "MPJPE": statistics.fmean(errors), "spread": max(errors) - min(errors),
+            "P-MPJPE": statistics.fmean(result["last"]["p_mpjpe"] for result in group),
+            "seeds": listed(f"{error:.2f}" for error in errors), "paper": rows[label][0],
+            "cells changed, dropped": listed(f"{grid['cells_changed']}, {grid['dropped']}"
+                                             for grid in grids)})
+    first = group[0]
     other = "" if first["compares"] else ": other data, so only the order of\nthe rows compares"
     return (f"{table} on {first['data']}: {first['epochs']:g} epochs a run, last epoch, mm; spread "
             f"is largest minus smallest.\nMinutes on {first['device']}. The paper's: {figures}, "
             f"on Human3.6M{other}.\n\n"
-            f"{evaluation.markdown(header, lines)}")
+            f"{evaluation.markdown(lines[0], [line.values() for line in lines])}")
 
 
 def ablation_recipe(base, name, seed, noise_epochs=0.0, **fields):
@@ -1228,7 +1066,6 @@ def ablation_recipe(base, name, seed, noise_epochs=0.0, **fields):
                      noise_epochs=noise_epochs * base.epochs, **fields)
     if recipe.reconstruct:
         recipe = replace(recipe, stage_one_epochs=0.75 * recipe.epochs)
-    check_recipe(recipe)
     return recipe
 
 
@@ -1245,15 +1082,12 @@ def finished(recipe, folder, place):
 # --------------------------------------------------------------------------------------------------
 # Reports
 
-TOLERANCE = 0.5  # mm, or points of PCK and AUC: a figure this near the paper's is reproduced
 HEADLINE = ("gridconv-gt", "gridconv-gt-learnable", "glagcn-gt-243")
 EMBEDDED = ("gridconv-synthetic", "gridconv-synthetic-learnable", "glagcn-synthetic")
 ONLY_BY_NAME = ("glagcn-gt-243-reconstruct-512",)  # days on any single GPU
-LEGEND = """Errors in mm on the test split: averages over actions on Human3.6M, over actions and
-subjects on HumanEva-I, over all frames elsewhere; means over the seeds, spread is largest minus
-smallest. The papers quote the epoch that is best on the test set: within 0.5 of it is reproduced.
-Affine: the best affine map of the 2D pose. Minutes of training alone. Without a paper's figure: on
-other data than the paper's; for those put Human3.6M into data/ (README)."""
+LEGEND = """Errors in mm, by the data's protocol, means over seeds; spread: largest minus smallest.
+The papers quote the epoch that is best on the test set: within 0.5 of it is reproduced. Affine: the
+best affine map of the 2D. Minutes of training alone. No paper's figure: other data than its own."""
 
 
 def listed(values):
@@ -1288,59 +1122,56 @@ def summary(results):
         figures = {"mpjpe": None, "p_mpjpe": None}
         if all(result["compares"] for result in group):
             figures = paper_figures(group[0]["recipe"]) or figures
-        kinds = ["last"]
+        for figure, paper in figures.items():
+            rows.append(report_row(group, "last", figure, paper))
         if all("refined" in result for result in group):
-            kinds.append("refined")
-        rows += [summary_row(group, *case) for case in itertools.product(kinds, figures.items())]
+            rows += [report_row(group, "refined", *figure) for figure in figures.items()]
     return rows
 
 
-def summary_row(group, kind, figure):
+def report_row(group, kind, figure, paper):
     """One figure's mean over results of a recipe. Compared is the epoch that was best on the test
     set, as the papers do; a refined figure has the last alone."""
-    first, (name, paper) = group[0], figure
-    title, on, run = evaluation.METRICS[name], first["data"], first["recipe"]["name"]
-    values = [result[kind][name] for result in group]
-    best, measured = None, statistics.fmean(values)
-    if kind == "last":
-        best = measured = statistics.fmean(result["best"][name] for result in group)
-    else:
+    first = group[0]
+    title, on, run = evaluation.METRICS[figure], first["data"], first["recipe"]["name"]
+    values = [result[kind][figure] for result in group]
+    best, last = None, statistics.fmean(values)
+    if kind == "refined":
         title += ", refined: true root"
+    else:
+        best = statistics.fmean(result["best"][figure] for result in group)
     if first["test_data"] != on:
         on += f", tested on {first['test_data']}"
     if first["settings_changed"]:
         run += " (settings changed)"
-    row = {"run": run, "figure": title, "paper": paper, "best epoch": best, "difference": None,
-           "reproduced": None, "last epoch": statistics.fmean(values),
-           "spread": max(values) - min(values), "affine": first["yardsticks"]["affine"],
-           "seeds": listed(sorted(result["seed"] for result in group)), "data": on,
-           "minutes": statistics.fmean(result["seconds"] for result in group) / 60,
-           "on": f"{first['device']}, {first['precision']}"}
+    difference = reproduced = None
     if paper is not None:
-        row["difference"] = measured - paper
-        row["reproduced"] = abs(measured - paper) <= TOLERANCE and not first["settings_changed"]
-    return row
+        difference = (last if best is None else best) - paper
+        reproduced = abs(difference) <= 0.5 and not first["settings_changed"]  # mm, or points
+    return {"run": run, "figure": title, "paper": paper, "best epoch": best,
+            "difference": difference, "reproduced": reproduced, "last epoch": last,
+            "spread": max(values) - min(values), "affine": first["yardsticks"]["affine"],
+            "seeds": listed(sorted(result["seed"] for result in group)), "data": on,
+            "minutes": statistics.fmean(result["seconds"] for result in group) / 60,
+            "on": f"{first['device']}, {first['precision']}"}
 
 
 def report_table(results):
     """The summary of finished runs as markdown."""
     rows = summary(results)
-    table = evaluation.markdown(list(rows[0]), [list(row.values()) for row in rows])
+    table = evaluation.markdown(rows[0], [row.values() for row in rows])
     return f"{table}\n\n{LEGEND}"
 
 
 def write_report(folder):
-    """report.md and report.json ({"rows": the summary, "runs": results}) of every finished run in
-    a folder; returns the table."""
-    paths, folder = sorted(Path(folder).glob("*/result.json")), Path(folder)
+    """report.md of every finished run in a folder; returns its table."""
+    paths = sorted(Path(folder).glob("*/result.json"))
     if not paths:
         raise InputError(f"{folder}: no finished runs (*/result.json); train one first")
     results = [read_result(path) for path in paths]
     table = report_table(results)
     sections = ["# Report", table, *map(evaluation.report, results)]
-    write_text(folder / "report.md", "\n\n".join(sections) + "\n")
-    kept = {"rows": summary(results), "runs": results}
-    write_text(folder / "report.json", json.dumps(kept, indent=1))
+    data.write_text(Path(folder) / "report.md", "\n\n".join(sections) + "\n")
     return table
 
 
@@ -1353,14 +1184,12 @@ def known_recipe(name):
     if name in RECIPES:
         return RECIPES[name]
     near = difflib.get_close_matches(name, [*RECIPES, *COMMANDS], n=3, cutoff=0.5)
-    raise InputError(f"recipe: unknown {name!r}, nearest: {listed(near) or 'none'}; "
-                     "python train.py --list shows the recipes")
+    raise InputError(f"unknown recipe {name!r}, nearest: {listed(near)}; see train.py --list")
 
 
 def rows_to_run(folder, only="", everything=False):
     """The recipes to run: those named, else the headline rows (with `everything` every published
     row) whose data is here, else the embedded default; what a row evaluates comes before it."""
-    data.listing(folder)  # permitted?
     names = only.split(",") if only else [*HEADLINE]
     if everything:
         names += [name for name, recipe in RECIPES.items()
@@ -1377,21 +1206,22 @@ def rows_to_run(folder, only="", everything=False):
     return list(dict.fromkeys(rows or EMBEDDED))
 
 
+def weights_of(recipe, out):
+    """The folder of the run whose weights a result in `out` is of: `out`, or one beside it."""
+    return out.with_name(out.name.replace(recipe.name, recipe.weights or recipe.name))
+
+
 def run_recipe(recipe, folder, out=None, device=None):
     """Train a recipe, or evaluate what another one trained: the best and the last weights of the
-    run that stands beside `out`; returns the result. InputError: that run is not finished."""
+    run beside `out` (`weights_of`); returns the result. InputError: that run is not finished."""
     if not recipe.weights:
         return train(recipe, folder, out, device)
-    check_recipe(recipe)
     out = Path(out or Path("results") / recipe.name)
     device, precision = evaluation.pick_device(device, recipe.precision)
-    source = out.with_name(out.name.replace(recipe.name, recipe.weights))
-    if source == out:
-        raise InputError(f"--out {out}: a name with {recipe.name} in it expected; beside it, with "
-                         f"{recipe.weights} instead, stands the run that is evaluated")
+    source = weights_of(recipe, out)
     result = data.read_json(source / "result.json",
                             f"first: python train.py {recipe.weights} --out {source}")
-    store = data.make_store(recipe, folder, "test", device)
+    store = make_store(recipe, folder, "test", device)
     for which, name in (("best", "best.pt"), ("last", "model.pt")):
         model = evaluation.load_model(source / name).to(device)
         scores = evaluation.evaluate(model, store, flip=recipe.flip_test)
@@ -1402,62 +1232,50 @@ def run_recipe(recipe, folder, out=None, device=None):
                "settings_changed": settings_changed(recipe) or result["settings_changed"],
                "files": files_read(recipe, folder),
                "test_frames": int(store.valid.sum()), "yardsticks": {"affine": None}}
-    write_text(out / "result.json", json.dumps(result, indent=1))
+    data.write_text(out / "result.json", json.dumps(result, indent=1))
     return result
 
 
-def reproduce(folder, out, device=None, only="", everything=False, seeds=1, quick=False,
-              options=None):
+def reproduce(folder, out, device=None, only="", everything=False, seeds=1, options=None):
     """Say what runs, on what and in about how much memory; run it seed by seed, continuing and
     skipping what `out` holds; write the report after every run and return its table. A row that
     fails does not stop the others. `options`: recipe fields. InputError: a row failed."""
     names, out = rows_to_run(folder, only, everything), Path(out)
     plan, lines, failed = [], [], []
     for seed, name in itertools.product(range(seeds), names):
-        recipe, parts = replace(RECIPES[name], **(options or {}), seed=seed), [name]
-        if quick:
-            tenth = ("epochs", "noise_epochs", "anneal_epochs", "stage_one_epochs")
-            recipe = replace(recipe, **{field: getattr(recipe, field) / 10 for field in tenth})
-            parts.append("quick")
-        if seed:
-            parts.append(f"seed-{seed}")
+        recipe = replace(RECIPES[name], **(options or {}), seed=seed)
         check_recipe(recipe)
-        place = out / "-".join(parts)
-        state = "to continue" if (place / "last.pt").exists() else "to run"
-        if finished(recipe, folder, place):
-            state = "done"
-        else:
+        place = out / (f"{name}-seed-{seed}" if seed else name)
+        state = "done" if finished(recipe, folder, place) else "to run"
+        if state == "to run":
             plan.append((recipe, place))
         picked, precision = evaluation.pick_device(device, recipe.precision)
         need = memory(recipe, precision, samples_at_once(recipe))
-        lines.append([place.name, recipe.row, f"{recipe.epochs:g}", state, precision,
-                      str(recipe.batch), str(samples_at_once(recipe)), f"{need:.1f}"])
-    header = ["run", "row", "epochs", "state", "precision", "batch", "at once", "GiB, about"]
+        lines.append({"run": place.name, "row": recipe.row, "epochs": f"{recipe.epochs:g}",
+                      "state": state, "precision": precision, "batch": recipe.batch,
+                      "at once": samples_at_once(recipe), "GiB, about": f"{need:.1f}"})
+    table = evaluation.markdown(lines[0], [line.values() for line in lines])
     if names[0] in EMBEDDED and not only:
         print(f"No published row's data is in {folder}: both methods run on procedural motion.")
-    if quick:
-        print("Quick: a tenth of the epochs.")
-    print(f"On {evaluation.device_name(picked)}:\n\n{evaluation.markdown(header, lines)}\n\n"
+    print(f"On {evaluation.device_name(picked)}:\n\n{table}\n\n"
           "Interrupted, the same command goes on.", flush=True)
     for recipe, place in plan:
         try:
             run_recipe(recipe, folder, place, device)
             write_report(out)
-        except (OSError, ValueError) as error:
-            print(f"error: {place.name}: {' '.join(str(error).split())}", file=sys.stderr)
-            failed.append(place.name)
-        except Exception:  # a fault of ours: the other rows run on
-            traceback.print_exc()
+        except Exception as error:  # the other rows run on
+            said = f"error: {place.name}: {' '.join(str(error).split())}"
+            if not isinstance(error, (OSError, ValueError)):  # a fault of ours
+                said = traceback.format_exc()
+            print(said, file=sys.stderr)
             failed.append(place.name)
     if failed:
-        raise InputError(f"{len(failed)} of {len(plan)} runs failed: {', '.join(failed)}; the same "
-                         "command tries them again")
+        raise InputError(f"{len(failed)} of {len(plan)} runs failed: {listed(failed)}; try again")
     return f"{write_report(out)}\n\nEverything is in {out / 'report.md'}."
 
 
 def list_recipes(folder="data"):
     """The recipes as text: row, the papers' figures, data here or not, parameters."""
-    data.listing(folder)  # permitted?
     lines = []
     for recipe in RECIPES.values():
         figures = "/".join(f"{value:g}" for value in paper_figures(vars(recipe)).values())
@@ -1465,27 +1283,39 @@ def list_recipes(folder="data"):
         size = f"{parameters(recipe) / 1e6:.2f} M"
         lines.append([recipe.name, recipe.row, figures or None, here, size])
     table = evaluation.markdown(["recipe", "row", "paper", "here", "parameters"], lines)
-    return (f"{table}\n\nPaper: MPJPE/P-MPJPE in mm, on 3DHP MPJPE/PCK/AUC in mm and %.\n"
-            f"Here: whether its data is in {folder}; python data.py check says what is missing.")
+    return f"{table}\n\nPaper: MPJPE/P-MPJPE, on 3DHP MPJPE/PCK/AUC. Here: data is in {folder}."
 
 
 # --------------------------------------------------------------------------------------------------
 # Command line
 
+# The options that several commands share.
+SHARED = {"data": dict(default="data", help="the folder with the data"),
+          "out": dict(help="where results go"),
+          "device": dict(help="cpu, cuda, ...; by default cuda where there is one"),
+          "only": dict(default="", help="these rows alone, parted by commas (ablate: semicolons)"),
+          "seeds": dict(type=int, choices=range(1, 21), metavar="N", help="seeds 0 to N-1")}
+
+
+def add(parser, *names, **defaults):
+    """Those of SHARED options; their defaults in --help."""
+    for name in names:
+        how = SHARED[name] | {"default": defaults.get(name, SHARED[name].get("default"))}
+        if how["default"]:
+            how["help"] += f" [{how['default']}]"
+        parser.add_argument("--" + name, **how)
+
 
 def parse_value(text, default):
     """An option's text as the type of its field: "3,3:3,3" is (3, (3, 3), 3)."""
-    if isinstance(default, bool):
-        if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
-            raise argparse.ArgumentTypeError(f"{text!r}, yes or no expected")
-        return text.lower() in ("true", "yes", "1")
     if isinstance(default, tuple):
         return tuple(parse_item(word) for word in text.split(",") if word)
     try:
+        if isinstance(default, bool):
+            return ConfigParser.BOOLEAN_STATES[text.lower()]
         return type(default)(text)
-    except ValueError:
-        kind = "a whole number" if isinstance(default, int) else "a number"
-        raise argparse.ArgumentTypeError(f"{text!r}, {kind} expected") from None
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r}, something as {default!r} expected") from None
 
 
 def parse_item(word):
@@ -1506,46 +1336,16 @@ def read_by(method, name):
     return name in own[method] or not any(name in fields for fields in own.values())
 
 
-def folder(text):
-    """An option's folder."""
-    if not text:  # an unset variable of a shell's, say
-        raise argparse.ArgumentTypeError("empty; name a folder, or leave the option out")
-    return text
-
-
-def seeds(text):
-    """An option's number of seeds."""
-    if not re.fullmatch("0*[1-9][0-9]{0,5}", text):
-        raise argparse.ArgumentTypeError(f"{text!r}, a number above 0 expected")
-    return int(text)
-
-
-def add(parser, *names, **defaults):
-    """The options that several commands share, of those names; their defaults in --help."""
-    shared = {"data": dict(type=folder, default="data", help="the folder with the data"),
-              "out": dict(type=folder, help="where results go"),
-              "device": dict(help="cpu, cuda, ...; by default cuda where there is one"),
-              "only": dict(default="", help="these rows alone, as --list or the table names them"),
-              "seeds": dict(type=seeds, metavar="N", default=1, help="seeds 0 to N-1")}
-    for name in names:
-        how = shared[name]
-        if name in defaults:
-            how["default"] = defaults[name]
-        if how.get("default"):
-            how["help"] += f" [{how['default']}]"
-        parser.add_argument("--" + name, **how)
-
-
 def add_fields(parser, recipe=None, without=()):
     """An option for every field, or those that the recipe's method reads; --help shows its own."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Recipe), re.M))
     for field in fields(Recipe):
         name, value = field.name, getattr(recipe or Recipe(), field.name)
-        if name in ("name", "weights", *TEXTS, *without):
+        taken = not recipe or read_by(recipe.method, name)
+        if not taken or name in ("name", "weights", *TEXTS, *without):
             continue
-        if recipe and not read_by(recipe.method, name):
-            continue
-        how = dict(help=f"{comments.get(name, '')} [{value}]".replace("%", "%%"))
+        own = f" [{value}]" if recipe else ""
+        how = dict(help=(comments.get(name, "") + own).replace("%", "%%"))
         if isinstance(value, bool):
             how |= dict(nargs="?", const=True)
         parser.add_argument("--dataset" if name == "data" else "--" + name.replace("_", "-"),
@@ -1568,12 +1368,11 @@ def train_command(parser, words):
     add_fields(parser, recipe)
     args = parser.parse_args(words[1:])
     result = run_recipe(replace(recipe, **fields_given(args)), args.data, args.out, args.device)
-    if result is None:  # another process's to say
-        return
-    weights = Path(args.out.replace(name, recipe.weights or name)) / "model.pt"
-    print(f"{report_table([result])}\n\n"
-          f"Next: python eval.py {weights} --data {args.data} (every table)\n"
-          f"or python eval.py lift KEYPOINTS --model {weights} (your own 2D)")
+    weights = weights_of(recipe, Path(args.out)) / "model.pt"
+    if result:  # else it is another process's to say
+        print(f"{report_table([result])}\n\n"
+              f"Next: python eval.py {weights} --data {args.data} (every table)\n"
+              f"or python eval.py lift KEYPOINTS --model {weights} (your own 2D)")
 
 
 def ablate_command(parser, words):
@@ -1599,19 +1398,18 @@ def bench_command(parser, words):
 
 
 def report_command(parser, words):
-    """The table of every run in a folder; writes report.md and report.json there."""
+    """The table of every run in a folder; writes report.md there."""
     parser.add_argument("folder", nargs="?", default="results", help="where the runs are")
     print(write_report(parser.parse_args(words[1:]).folder))
 
 
 def reproduce_command(parser, words):
     """The main job: the headline rows of both papers, or the embedded default."""
-    add(parser, "data", "out", "device", "only", "seeds", out="results")
+    add(parser, "data", "out", "device", "only", "seeds", out="results", seeds=1)
     parser.add_argument("--all", action="store_true", help="every published row whose data is here")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the epochs")
     add_fields(parser, without=("seed",))
     args = parser.parse_args(words[1:])
-    print(reproduce(args.data, args.out, args.device, args.only, args.all, args.seeds, args.quick,
+    print(reproduce(args.data, args.out, args.device, args.only, args.all, args.seeds,
                     fields_given(args)))
 
 
