@@ -23,7 +23,7 @@ import struct
 import subprocess
 import sys
 import time
-import traceback
+import warnings
 import zipfile
 from collections import OrderedDict
 from dataclasses import replace
@@ -72,9 +72,17 @@ def shake(module, seed=0, dtype=None):
     return module.eval()
 
 
+def flip(pose, skeleton):
+    """The mirror image of poses (..., J, 2|3), numpy or torch, joint by joint."""
+    mirrored = pose + 0
+    for joint, other in enumerate(skeleton.mirror):
+        mirrored[..., joint, 0] = -pose[..., other, 0]
+        mirrored[..., joint, 1:] = pose[..., other, 1:]
+    return mirrored
+
+
 def tiny_recipe(**fields):
     """A recipe on procedural motion that trains in a second."""
-    import train
     base = dict(name="tiny", data="synthetic", layout="handcrafted", hidden=4, blocks=1,
                 dropout=0.1, loss="mpjpe", lr=3e-3, schedule="cosine-smooth", epochs=0.02, batch=64)
     return train.Recipe(**{**base, **fields})
@@ -393,8 +401,8 @@ def released_gridconv(kind, hidden=4, blocks=1, grid=(5, 5)):
             fill(f"{name}.position_fc.weight", 9 * H * P, width, 1, 1)
             fill(f"{name}.position_fc.bias", 9 * H * P)
     if kind == "autogrids":
-        prior = [[7] * 5, [0, 8, 8, 8, 0], [4, 11, 9, 14, 1], [5, 12, 9, 15, 2], [6, 13, 10, 16, 3]]
-        one_hot = F.one_hot(torch.tensor(prior).flatten(), 17)
+        prior = torch.tensor(gridconv.HANDCRAFTED_5X5).flip(1)
+        one_hot = F.one_hot(prior.flatten(), 17)
         state["sgt_layer.sgt_trans_mat"] = one_hot.float()[None]
     return state
 
@@ -450,6 +458,10 @@ def save_released(path, state):
 
 
 # ---- the design card's four properties
+
+def assert_near(got, want, near=1e-10):
+    torch.testing.assert_close(got, want, rtol=near, atol=near)
+
 
 MODES = ("circular", "replicate", "zeros")
 one_or_two_modes = st.one_of(st.sampled_from(MODES), st.tuples(*[st.sampled_from(MODES)] * 2))
@@ -531,6 +543,7 @@ def plain_dgridconv(x, weight, bias, padding, alpha):
 @given(grids, paddings, st.sampled_from([1, 3, 5]), st.integers(1, 9), st.integers(1, 3),
        st.booleans(), seeds)
 def test_gridconv_is_equation_8_in_every_padding(grid, padding, K, c_in, c_out, bias, seed):
+    """Vanilla GridConv, Eq. 6, is the same with every alpha 1."""
     torch.manual_seed(seed)
     layer = gridconv.DynamicGridConv(c_in, c_out, K, padding, grid, bias).double()
     x = torch.randn(2, c_in, *grid, dtype=torch.float64, requires_grad=True)
@@ -546,14 +559,19 @@ def test_gridconv_is_equation_8_in_every_padding(grid, padding, K, c_in, c_out, 
     last = x.contiguous(memory_format=torch.channels_last)
     for out in (layer(x, alpha), layer(last, alpha), layer.reference(x, alpha)):
         for mine, theirs in zip(values_and_gradients(out, x, alpha, layer), plain):
-            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+            assert_near(mine, theirs)
     with torch.no_grad():  # scales in place
-        torch.testing.assert_close(layer(x, alpha), want, rtol=1e-10, atol=1e-10)
+        assert_near(layer(x, alpha), want)
     single, x, alpha = copy.deepcopy(layer).float(), x.detach().float(), alpha.detach().float()
     x.requires_grad_(), alpha.requires_grad_()
     for form in (single, single.reference):
         for mine, theirs in zip(values_and_gradients(form(x, alpha), x, alpha, single), plain):
             assert (mine - theirs).norm() <= 1e-5 * theirs.norm() + 1e-6
+    vanilla, x = gridconv.GridConv(c_in, c_out, K, padding, grid, bias).double(), last.detach()
+    vanilla.load_state_dict(layer.state_dict(), strict=False)
+    want = plain_dgridconv(x, layer.weight, layer.bias, padding, torch.ones_like(alpha).double())
+    for form in (vanilla, vanilla.reference):
+        assert_near(form(x), want)
 
 
 @given(st.integers(0, 4), st.integers(1, 3), st.integers(1, 6), st.integers(1, 9), st.booleans(),
@@ -627,13 +645,8 @@ def test_noise_is_one_gumbel_sample_a_forward():
 # ---- gridconv: layouts
 
 
-def test_averaged_and_absent_joints():
-    S = gridconv.assignment_matrix(gridconv.RELEASED_5X5, 17)
-    pose = torch.randn(2, 17, 3)
-    grid = gridconv.sgt(pose, S, (5, 5))
-    torch.testing.assert_close(grid[:, :, 2, 2], (pose[:, 8] + pose[:, 9]) / 2)
-    S = torch.eye(4)[:, :3]  # a joint that no cell holds comes out 0, and nothing is divided by 0
-    S = torch.cat([S, torch.zeros(4, 1)], 1).requires_grad_()
+def test_a_joint_that_no_cell_holds_comes_out_0_and_can_come_back():
+    S = torch.cat([torch.eye(4)[:, :3], torch.zeros(4, 1)], 1).requires_grad_()
     out = gridconv.inverse_sgt(torch.ones(1, 2, 2, 2), S)
     assert torch.equal(out[0, 3], torch.zeros(2)) and torch.equal(out[0, 0], torch.ones(2))
     out.sum().backward()
@@ -672,7 +685,6 @@ def test_handcrafted_layouts_keep_the_skeleton_and_its_sides(layout, name):
     skeleton, grid = SKELETONS[name], (len(layout), len(layout[0]))
     S = gridconv.assignment_matrix(layout, len(skeleton.joints))
     assert gridconv.satisfies_topology(S, grid, skeleton.edges)
-    assert plain_topology(S, grid, skeleton.edges)
     sides = [joint.split("_")[0] for joint in skeleton.joints]
     for row in layout:
         assert "left" not in [sides[joint] for joint in row[:2]]
@@ -680,7 +692,7 @@ def test_handcrafted_layouts_keep_the_skeleton_and_its_sides(layout, name):
         if name == "h36m17":
             assert [skeleton.mirror[joint] for joint in row] == list(reversed(row))
     released = gridconv.assignment_matrix(gridconv.RELEASED_5X5, 17)
-    assert not gridconv.satisfies_topology(released, (5, 5))
+    assert not gridconv.satisfies_topology(released, (5, 5))  # a cell holds the mean of two joints
     assert gridconv.H36M_EDGES == tuple(H17.edges)
 
 
@@ -706,14 +718,16 @@ def test_shuffles_and_random_layouts_vary_with_the_seed():
 
 
 @pytest.mark.parametrize("layout, joints, says", [
-    (((0, 1), (2, 17)), 4, "17"), (((0, 1), (2, -1)), 4, "-1"), (((0, 1), (2, 2)), 4, r"t \[3"),
-    (((0, 1),), 3, "3 joints"), (((0, 1), (2,)), 3, "row"), (((0, 1), ((0, 2), 1)), 3, r"joint \[2"),
-    (((0, 1), (2, "a")), 3, "a"), (((0, 1), (2, ())), 3, "empty")])
+    (((0, 1), (2, 17)), 4, "17"), (((0, 1), (2, -1)), 4, "-1"), (((0, 1), (2, "a")), 3, "a"),
+    (((0, 1), (2, 2)), 4, r"t \[3"), (((0, 1),), 3, "3 joints"), (((0, 1), (2,)), 3, "row"),
+    (((0, 1), ((0, 2), 1)), 3, r"joint \[2"), (((0, 1), (2, ())), 3, "empty")])
 def test_bad_layouts_are_refused(layout, joints, says):
     with pytest.raises(ValueError, match=says):
         gridconv.assignment_matrix(layout, joints)
-    with pytest.raises(ValueError, match=says):
-        gridconv.GridLiftingNetwork(num_joints=joints, layout=layout, hidden=4)
+
+
+def small(**options):
+    return gridconv.GridLiftingNetwork(**{"hidden": 8, "blocks": 1, "dropout": 0.0, **options})
 
 
 def temporal(**options):
@@ -723,85 +737,40 @@ def temporal(**options):
 @pytest.mark.parametrize("says, make", [
     ("mirror", lambda: gridconv.GridConv(2, 3, padding=("mirror",))),
     ("tuple", lambda: gridconv.GridConv(2, 3, padding="circular")),
-    (r"\(\)", lambda: gridconv.GridConv(2, 3, padding=())),
-    ("pair", lambda: gridconv.GridConv(2, 3, padding=(("zeros",),))),
-    ("4", lambda: gridconv.GridConv(2, 3, kernel_size=4)),
-    ("2, 3, 5, 5", lambda: gridconv.GridConv(3, 3)(torch.zeros(2, 2, 5, 5))),
+    ("kernel_size: 4", lambda: gridconv.GridConv(2, 3, kernel_size=4)),
     ("2, 3, 5, 5", lambda: gridconv.GridConv(3, 3)(torch.zeros(2, 3, 5, 4))),
-    ("16 cells cannot hold 17", lambda: gridconv.AutoGrids(17, (4, 4), "random")),
+    ("alpha", lambda: gridconv.DynamicGridConv(2, 3)(  # in the release's order
+        torch.zeros(2, 2, 5, 5), torch.ones(2, 3, 3, 5, 5))),
     ("16 cells cannot hold 17", lambda: gridconv.random_layout(17, (4, 4))),
-    ("random", lambda: gridconv.AutoGrids(17, (6, 4))),
     ("gumbel", lambda: gridconv.AutoGrids(17, (5, 5), "gumbel")),
     ("averages", lambda: gridconv.AutoGrids(17, (5, 5), gridconv.RELEASED_5X5)),
-    ("rows", lambda: gridconv.AutoGrids(17, (5, 5), ())),
     ("diagonal", lambda: gridconv.shuffle_layout(gridconv.HANDCRAFTED_5X5, "diagonal")),
-    ("expected", lambda: gridconv.GridLiftingNetwork(hidden=4)(torch.zeros(1, 16, 2))),
-    ("unknown", lambda: gridconv.GridLiftingNetwork(hidden=4, attention="gird")),
-    ("grid_shape", lambda: gridconv.GridLiftingNetwork(hidden=4, layout=None)),
-    ("grid_shape", lambda: gridconv.GridLiftingNetwork(hidden=4, grid_shape=(4, 5))),
-    ("AutoGrids of 17", lambda: gridconv.GridLiftingNetwork(32, gridconv.AutoGrids(), hidden=4)),
-    ("forward_grid", lambda: gridconv.GridLiftingNetwork(
-        hidden=4, layout=None, grid_shape=(5, 5))(torch.zeros(2, 17, 2))),
+    ("unknown", lambda: small(attention="gird")),
+    ("grid_shape", lambda: small(layout=None)),
+    ("grid_shape", lambda: small(grid_shape=(4, 5))),
+    ("AutoGrids of 17", lambda: small(num_joints=32, layout=gridconv.AutoGrids())),
+    ("forward_grid", lambda: small(layout=None, grid_shape=(5, 5))(torch.zeros(2, 17, 2))),
     (r"filter_widths: \(3, 2\)", lambda: temporal(filter_widths=(3, 2))),
-    *((f"filter_widths: {re.escape(repr(widths))}", lambda it=widths: temporal(filter_widths=it))
-      for widths in ((), (1,), (1, 1), (3.0,), (None,), 3, None)),
+    (r"filter_widths: \(1,\)", lambda: temporal(filter_widths=(1,))),
     (r"\(B, 3, 17, 2\)", lambda: temporal()(torch.zeros(2, 9, 17, 2))),
-    (r"\(B, 3, 17, 2\)", lambda: temporal()(torch.zeros(2, 17, 2))),
-    (r"\(2, 16, 2\).*\(B, 17, 2\)",
-     lambda: gridconv.FullyConnectedLifter(hidden=2)(torch.zeros(2, 16, 2))),
-    (r"\(B, 17, 2\)", lambda: gridconv.GraphConvLifter(hidden=2)(torch.zeros(17, 2))),
+    (r"\(2, 16, 2\).*\(B, 17, 2\)", lambda: small()(torch.zeros(2, 16, 2))),
     (r"\(0, 3\).*0\.\.2", lambda: gridconv.GraphConv(1, 1, [(0, 3)], 3))])
 def test_bad_gridconv_arguments_are_refused(says, make):
     with pytest.raises(ValueError, match=says):
         make()
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 3, 5, 5), (1, 5, 5, 3, 3)])
-def test_alpha_of_another_shape_is_refused(shape):
-    """In the release's order; one for a batch of two."""
-    with pytest.raises(ValueError, match="alpha"):
-        gridconv.DynamicGridConv(2, 3)(torch.zeros(2, 2, 5, 5), torch.ones(shape))
-
-
 # ---- gridconv: AutoGrids
 
 
-def test_autogrids_rows_are_one_hot_and_nothing_is_random_in_evaluation():
-    torch.manual_seed(0)
-    grid = gridconv.AutoGrids(17, (5, 5))
-    for _ in range(50):
-        S = grid()
-        assert ((S == 0) | (S == 1)).all() and torch.equal(S.sum(1), torch.ones(25))
-    grid.eval()
-    before = torch.get_rng_state()
-    assert torch.equal(grid(), grid.assignment()) and torch.equal(before, torch.get_rng_state())
+def test_autogrids_start_handcrafted_and_nothing_is_random_in_evaluation():
+    grid, before = gridconv.AutoGrids(17, (5, 5)).eval(), torch.get_rng_state()
     handcrafted = gridconv.assignment_matrix(gridconv.HANDCRAFTED_5X5, 17)
-    assert torch.equal(grid.assignment(), handcrafted) and grid.dropped() == []
-    grid.train()
-    grid.noise = False
-    assert torch.equal(grid(), grid.assignment())
-    assert sum(p.numel() for p in grid.parameters()) == 425
+    assert torch.equal(grid(), handcrafted) and torch.equal(grid.assignment(), handcrafted)
+    assert torch.equal(before, torch.get_rng_state()) and grid.dropped() == []
     with torch.no_grad():
         grid.s_prob[10] = torch.eye(17)[0]  # joint 1's only cell
     assert grid.dropped() == [1]
-
-
-def test_autogrids_learns_to_bring_a_dropped_joint_back():
-    torch.manual_seed(2)
-    grid = gridconv.AutoGrids(3, (2, 2), ((0, 1), (2, 2)))
-    with torch.no_grad():
-        grid.s_prob[2:] = torch.tensor([[0.9, 0.0, 0.8], [0.0, 0.9, 0.8]])
-    grid.noise = False
-    optimizer = torch.optim.SGD(grid.parameters(), 1.0)
-    assert grid.dropped() == [2]
-    for _ in range(100):
-        pose = torch.randn(64, 3, 2)
-        S = grid()
-        loss = (gridconv.inverse_sgt(gridconv.sgt(pose, S, (2, 2)), S) - pose).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert grid.dropped() == [] and loss < 1e-10
 
 
 def test_one_sample_goes_in_and_comes_out():
@@ -819,34 +788,13 @@ def test_one_sample_goes_in_and_comes_out():
 # ---- gridconv: the layers
 
 
-@settings(max_examples=20)
-@given(grids, paddings, st.sampled_from([1, 3, 5]), st.sampled_from([1, 9]), st.integers(0, 999))
-def test_vanilla_gridconv_is_conv2d_over_the_padded_grid(grid, padding, K, c_in, seed):
-    torch.manual_seed(seed)
-    vanilla = gridconv.GridConv(c_in, 2, K, padding, grid).double()
-    dynamic = gridconv.DynamicGridConv(c_in, 2, K, padding, grid).double()
-    dynamic.load_state_dict(vanilla.state_dict(), strict=False)
-    x, pad, want = torch.randn(2, c_in, *grid, dtype=torch.float64), K // 2, 0
-    for branch, mode in enumerate(padding):
-        mode = (mode, mode) if isinstance(mode, str) else mode
-        padded = torch.zeros(2, c_in, grid[0] + 2 * pad, grid[1] + 2 * pad, dtype=torch.float64)
-        for i, j in np.ndindex(padded.shape[2:]):
-            cell = source_cell(i - pad, j - pad, grid, mode)
-            if cell is not None:
-                padded[:, :, i, j] = x[:, :, cell[0], cell[1]]
-        want = want + torch.conv2d(padded, vanilla.weight[branch], vanilla.bias[branch])
-    ones = torch.ones(2, *grid, K, K, dtype=torch.float64)
-    for got in (vanilla(x), vanilla.reference(x), dynamic(x, ones)):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
-
-
 def test_padding_modes_agree_with_torchs_own():
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
 
     def compare(padding, padded):
         layer = gridconv.GridConv(3, 4, 3, padding).double()
         want = torch.conv2d(padded, layer.weight[0], layer.bias[0])
-        torch.testing.assert_close(layer(x), want, rtol=1e-10, atol=1e-10)
+        assert_near(layer(x), want)
 
     for mode, name in (("circular", "circular"), ("replicate", "replicate"), ("zeros", "constant")):
         compare((mode,), F.pad(x, (1, 1, 1, 1), mode=name))
@@ -855,30 +803,19 @@ def test_padding_modes_agree_with_torchs_own():
     compare((("replicate", "circular"),), F.pad(wrapped, (0, 0, 1, 1), mode="replicate"))
 
 
-@pytest.mark.parametrize("padding", [("circular", "replicate"), ("circular", "zeros"), ("zeros",)])
-@pytest.mark.parametrize("c_in, c_out", [(40, 24), (24, 3)])
-def test_reference_is_forward_with_a_layers_own_attention(padding, c_in, c_out):
-    layer = shake(gridconv.DynamicGridConv(c_in, c_out, 3, padding)).double()
-    x = torch.randn(150, c_in, 5, 5, dtype=torch.float64)
-    mine, theirs = layer(x), layer.reference(x)
-    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
-    plain = plain_dgridconv(x, layer.weight, layer.bias, padding, layer.attention(x))
-    torch.testing.assert_close(mine, plain, rtol=1e-10, atol=1e-10)
-
-
-def test_a_large_batch_is_the_sum_of_its_parts():
+@pytest.mark.parametrize("padding", [("circular", "replicate"), ("zeros",)])
+def test_a_large_batch_with_a_layers_own_attention_is_equation_8(padding):
     """A processor takes some samples at a time: values and gradients do not show it."""
-    layer = shake(gridconv.DynamicGridConv(256, 256))
-    x = torch.randn(220, 256, 5, 5)
+    layer = shake(gridconv.DynamicGridConv(40, 24, 3, padding)).double()
+    x, weights = torch.randn(220, 40, 5, 5, dtype=torch.float64), [*layer.parameters()]
+    want = plain_dgridconv(x, layer.weight, layer.bias, padding, layer.attention(x))
+    plain = torch.autograd.grad(want.square().sum(), weights)
+    for form in (layer, layer.reference):
+        assert_near(form(x), want)
+        mine = torch.autograd.grad(form(x).square().sum(), weights)
+        assert_near(mine, plain, 1e-9)
     with torch.no_grad():
-        apart = torch.cat([layer(x[:30]), layer(x[30:])])
-        torch.testing.assert_close(layer(x), apart, rtol=1e-4, atol=1e-4)
-    layer(x).square().sum().backward()
-    whole = layer.weight.grad.clone()
-    layer.zero_grad()
-    for part in x.split(55):
-        layer(part).square().sum().backward()
-    assert (layer.weight.grad - whole).norm() < 1e-5 * whole.norm()
+        assert_near(layer(x), want)
 
 
 def test_attention_is_the_releases():
@@ -899,22 +836,27 @@ def test_attention_is_the_releases():
             torch.testing.assert_close(alpha[b, i, j, a, c], want)
 
 
-def test_figure_8_attentions_by_loops():
+@pytest.mark.parametrize("design", ["channel", "spatial", "spatial+channel"])
+def test_figure_8_attentions_by_loops(design):
     torch.manual_seed(3)
-    layer = gridconv.AttentiveGridConv("spatial+channel", 3, 20).double()
+    layer = gridconv.AttentiveGridConv(design, 3, 20).double()
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     y = gridconv.GridConv.forward(layer, x)
-    first, _, second = layer.channel
     ones = torch.ones(1, 5, 5, 3, 3, dtype=torch.float64)
-    for got in (layer(x), layer.reference(x)):
-        for b in range(2):
+    for b in range(2):
+        z = y[b]
+        if "channel" in design:
+            first, _, second = layer.channel
             squeezed = torch.stack([y[b, c].mean() for c in range(20)])
-            z = (first.weight @ squeezed + first.bias).clamp(min=0)
-            z = y[b] * (1 / (1 + torch.exp(-(second.weight @ z + second.bias))))[:, None, None]
+            hidden = (first.weight @ squeezed + first.bias).clamp(min=0)
+            z = z * (1 / (1 + torch.exp(-(second.weight @ hidden + second.bias))))[:, None, None]
+        if "spatial" in design:
             maps = torch.stack([z.mean(0), z.max(0).values])[None]
             place = plain_dgridconv(
                 maps, layer.spatial.weight, layer.spatial.bias, ("circular", "replicate"), ones)
-            torch.testing.assert_close(got[b], z / (1 + torch.exp(-place[0, 0])))
+            z = z / (1 + torch.exp(-place[0, 0]))
+        for got in (layer(x), layer.reference(x)):
+            torch.testing.assert_close(got[b], z)
 
 
 # ---- gridconv: the network
@@ -924,37 +866,29 @@ def size(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def test_network_sizes_of_the_paper_built_on_the_meta_device():
-    with torch.device("meta"):
+def test_network_sizes_of_the_papers():
+    with torch.device("meta"):  # no need to fill 48 million numbers
         def network(**options):
             return size(gridconv.GridLiftingNetwork(**options))
 
         assert network() == 4790406 and network(layout=gridconv.AutoGrids()) == 4790831
         assert network() - network(attention=None) == 43654
-        for sizes, millions in (((3, 1), 2.69), ((5, 3), 9.00)):  # Table E
-            assert round(network(kernel_sizes=(3, sizes, 3)) / 1e6, 2) == millions
-        assert round(network(kernel_sizes=(3, (3, 3), 1)) / 1e6, 2) == 4.77
+        for inner, last, millions in ((3, 1), 3, 2.69), ((5, 3), 3, 9.00), ((3, 3), 1, 4.77):
+            assert round(network(kernel_sizes=(3, inner, last)) / 1e6, 2) == millions  # Table E
         assert round(network(attention=None, hidden=512) / 1e6, 2) == 18.93  # Figure B
-        layout = gridconv.random_layout(17, (7, 3))
-        net = gridconv.GridLiftingNetwork(layout=layout, attention="spatial+channel", hidden=8)
-        assert {tensor.device.type for tensor in [*net.parameters(), *net.buffers()]} == {"meta"}
+        assert size(gridconv.TemporalGridLiftingNetwork()) == 38063324  # Table C: 38.1 M
+        assert size(gridconv.FullyConnectedLifter()) == 4296755
+        assert size(gridconv.GraphConvLifter()) == 265984
 
-
-def training_losses(net, pose, target, lr, steps):
-    """The losses of `steps` steps of Adam on one batch, in which every parameter has a gradient."""
-    optimizer, losses = torch.optim.Adam(net.parameters(), lr), []
-    for _ in range(steps):
-        loss = (net(pose) - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(p.grad is not None for p in net.parameters())
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def small(**options):
-    return gridconv.GridLiftingNetwork(**{"hidden": 8, "blocks": 1, "dropout": 0.0, **options})
+        refinement = size(glagcn.Refinement(17))
+        assert refinement == 140_322
+        # GLA-GCN, Table 5 of the paper and the release: 0.84, 1.10, 1.35, 1.88 and 48.64 M
+        for widths, want in (((3,) * 3, 844_076), ((3,) * 4, 1_096_466), ((3,) * 5, 1_348_856)):
+            assert size(glagcn.GLAGCN(filter_widths=widths, unshared_weight=0.0)) == want
+        for channels, weight, want in ((96, 0.5, 1_876_886), (512, 0.5, 48_641_526),
+                                       (96, 1.0, 1_876_595), (512, 1.0, 48_639_987)):
+            model = glagcn.GLAGCN(channels=channels, reconstruct=True, unshared_weight=weight)
+            assert size(model) + refinement == want
 
 
 def shaken(net, dtype=None):
@@ -964,68 +898,58 @@ def shaken(net, dtype=None):
     return net
 
 
-FOUR = ("circular", "replicate", ("replicate", "circular"), ("circular", "replicate"))
 VARIANTS = {
     "grid": small,
-    **{str(design): functools.partial(small, attention=design)
-       for design in (None, "channel", "spatial", "spatial+channel")},
-    "3-31-3": lambda: small(kernel_sizes=(3, (3, 1), 3)),
-    "3-53-3": lambda: small(kernel_sizes=(3, (5, 3), 3)),
-    "3-33-1": lambda: small(kernel_sizes=(3, (3, 3), 1)),
-    "one branch": lambda: small(padding=(("replicate", "circular"),)),
-    "four branches": lambda: small(padding=FOUR),
+    "vanilla": lambda: small(attention=None),
+    "figure 8": lambda: small(attention="spatial+channel"),
+    "kernel sizes": lambda: small(kernel_sizes=(3, (5, 3), 1)),
+    "three branches": lambda: small(padding=("zeros", "circular", ("replicate", "circular"))),
     "7 x 3": lambda: small(layout=gridconv.random_layout(17, (7, 3))),
     "32 joints": lambda: small(num_joints=32, layout=gridconv.HANDCRAFTED_7X5),
     "temporal": lambda: temporal(filter_widths=(3, 3), hidden=8, dropout=0.0),
     "temporal, learnable": lambda: temporal(layout=gridconv.AutoGrids(), hidden=8, dropout=0.0),
     "fc": lambda: gridconv.FullyConnectedLifter(hidden=16, dropout=0.0),
-    "gcn": lambda: gridconv.GraphConvLifter(hidden=16, dropout=0.0),
-    "gcn, 32": lambda: gridconv.GraphConvLifter(32, SKELETONS["h36m32"].edges, 16, dropout=0.0),
+    "gcn": lambda: gridconv.GraphConvLifter(32, SKELETONS["h36m32"].edges, 16, dropout=0.0),
+    "glagcn": lambda: glagcn.GLAGCN(filter_widths=(3, 3), channels=8, dropout=0.0),
+    "table 6": lambda: glagcn.GLAGCN(filter_widths=(3, 3), channels=8, dropout=0.0, adaptive=False,
+                                     temporal="mean", head="full", input_norm=False),
 }
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_network_trains_and_its_state_goes_out_and_back(name):
+def test_every_network_trains_and_its_state_goes_out_and_back(name, tmp_path):
     torch.manual_seed(0)
-    net = VARIANTS[name]()
+    net, other = VARIANTS[name](), VARIANTS[name]()
     J, T = net.num_joints, net.receptive_field
     frames = () if T == 1 else (T,)
     pose, target = torch.rand(8, *frames, J, 2) * 2 - 1, torch.randn(8, J, 3)
-    assert net(pose).shape == (8, J, 3)
     if getattr(net, "autogrids", None) is not None:
         net.autogrids.noise = False
-    losses = training_losses(net, pose, target, 2e-3, 25)
+    optimizer, losses = torch.optim.Adam(net.parameters(), 2e-3), []
+    for _ in range(25):
+        out = net(pose)
+        loss = (out - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert out.shape == (8, J, 3) and all(p.grad is not None for p in net.parameters())
+        optimizer.step()
+        losses.append(loss.item())
     assert losses[1] < losses[0] and losses[-1] < 0.85 * losses[0]
-    buffer = io.BytesIO()
-    torch.save(net.state_dict(), buffer)
-    buffer.seek(0)
-    other = VARIANTS[name]()
-    other.load_state_dict(torch.load(buffer, weights_only=True))
+    torch.save(net.state_dict(), tmp_path / "state.pt")
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert torch.equal(other.eval()(pose), net.eval()(pose))
     assert net(pose[:0]).shape == (0, J, 3)
-    assert not [key for key in net.state_dict() if "temperature" in key]
-    if name in ("grid", "temporal", "gcn"):
+    if name in ("grid", "temporal", "gcn", "glagcn"):
         exported = torch.export.export(net, (pose,)).module()
         torch.testing.assert_close(exported(pose), net(pose))
 
 
-def test_temperature_is_settable_and_30_unless_set():
-    net = shaken(small())
-    x = torch.randn(2, 17, 2)
-    assert net.temperature == 30
-    cold = net(x)
-    net.temperature = 1
-    assert net.temperature == 1 and not torch.allclose(net(x), cold)
-    assert small(attention=None).temperature == 30
-
-
-def test_dropout_takes_whole_channels_and_the_last_layer_has_none():
+def test_dropout_takes_whole_channels():
     torch.manual_seed(0)
     net = small(hidden=32, dropout=0.5)
     out = net.expand(torch.randn(4, 2, 5, 5) + 3)
     dead = (out == 0).flatten(2).all(2).float().mean()
     assert 0.3 < dead < 0.75
-    assert isinstance(net.shrink, gridconv.DynamicGridConv) and net.shrink.bias is None
 
 
 def normalised(y, norm):
@@ -1065,45 +989,38 @@ def test_coordinates_keep_a_tenth_of_a_millimetre_under_bfloat16():
     assert (out - wanted).norm() < 0.05 * wanted.norm()
 
 
-class Operations(TorchDispatchMode):
-    """Counts what torch is asked for, views included."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
 def test_a_training_step_takes_at_most_1000_operations():
+    """Views included; on a GPU each costs a launch or the time to ask for one."""
+    asked = []
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            asked.append(function)
+            return function(*args, **(kwargs or {}))
     net = gridconv.GridLiftingNetwork()
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, fused=True)
     pose, target = torch.randn(200, 17, 2), torch.randn(200, 17, 3)
     for _ in range(2):  # the first makes the optimiser's tensors
-        with Operations() as operations:
+        asked.clear()
+        with Operations():
             loss = (net(pose) - target).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    assert operations.count <= 1000
+    assert len(asked) <= 1000
 
 
 @pytest.mark.slow
-def test_compiled_gridconv_is_the_same():
-    for padding in (("circular", "replicate"), ("circular", "zeros")):
-        net = shaken(small(hidden=32, padding=padding)).train()
-        pose, push = torch.randn(64, 17, 2), torch.randn(64, 17, 3)
-        results = []
-        for form in (net, torch.compile(net)):
-            net.zero_grad()
-            out = form(pose)
-            (out * push).sum().backward()
-            results.append([out, *(p.grad.clone() for p in net.parameters())])
-        largest = max(value.abs().max() for value in results[0])
-        for mine, compiled in zip(*results):
-            assert (mine - compiled).abs().max() < 1e-5 * largest
+@pytest.mark.parametrize("padding", [("circular", "replicate"), ("circular", "zeros")])
+def test_compiled_gridconv_is_the_same(padding):
+    net = shaken(small(hidden=32, padding=padding)).train()
+    pose, push, results = torch.randn(64, 17, 2), torch.randn(64, 17, 3), []
+    for form in (net, torch.compile(net)):
+        out = form(pose)
+        results.append([out, *torch.autograd.grad((out * push).sum(), [*net.parameters()])])
+    largest = max(value.abs().max() for value in results[0])
+    for mine, compiled in zip(*results):
+        assert (mine - compiled).abs().max() < 1e-5 * largest
 
 
 # ---- the releases' golden figures: what their code gave on weights by formula, sin(0.7 i + 1.3 n)
@@ -1130,195 +1047,131 @@ def golden_input(*shape):
     return torch.sin(0.37 * torch.arange(math.prod(shape), dtype=torch.float64)).view(shape)
 
 
-def train_without_dropout(model):
+def assert_golden_training(model, forward, x, loss, norms):
+    """Without dropout: the loss against zeros, and the norms of the release's gradients."""
     for module in model.train().modules():
         if isinstance(module, (nn.Dropout, nn.Dropout2d)):
             module.p = 0.0
-    return model
-
-
-def assert_gradients(model, norms):
-    """Of our parameters or parts of them: (name, index, the norm of the release's gradient)."""
+    found = forward(x).square().mean()
+    found.backward()
+    assert found.item() == pytest.approx(loss, abs=1e-9, rel=1e-7)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    for name, index, want in norms:
-        found = gradients[name][index].norm().item()
-        assert found == pytest.approx(want, rel=1e-5, abs=1e-8), (name, index)
+    for name, part, norm in norms:
+        gradient = gradients[name]
+        if ".embed." in name:  # of theta_0..2, phi_0..2
+            gradient = gradient.unflatten(0, (6, -1))
+        assert gradient[part].norm().item() == pytest.approx(norm, rel=1e-5, abs=1e-8), (name, part)
 
 
-GRIDCONV_GOLDEN = {  # kind, hidden, blocks, grid, padding, temperature, output, loss, gradients
-    'cr': (
-        'dynamic', 16, 2, (5, 5), ('circular', 'replicate'), 30,
-        {0: -0.01742218, 1: -0.13072298, 5: 0.6190666, 51: -0.00849724, 100: -0.07430863,
-         101: -0.03954815},
-        1.8616676159, [("expand.conv.weight", 0, 12.333935),
-         ("expand.conv.attention.squeeze.weight", ..., 0.0087960872),
-         ("blocks.0.0.conv.weight", 0, 6.9817357), ("blocks.0.1.conv.weight", 1, 9.4080435),
-         ("blocks.0.1.norm.weight", ..., 1.0155184),
-         ("blocks.0.0.conv.attention.squeeze.weight", ..., 0.020246375),
-         ("blocks.0.1.conv.attention.norm.bias", ..., 0.0048795247),
-         ("blocks.0.1.conv.attention.position.weight", ..., 0.018586323),
-         ("blocks.1.0.conv.weight", 0, 5.7508531)]),
-    'cz_t1': (
-        'dynamic', 16, 1, (5, 5), ('circular', 'zeros'), 1,
-        {0: -0.01626298, 1: 0.05552758, 5: -0.3148533, 51: -0.02102277, 100: -0.11077761,
-         101: -0.13166446},
-        1.9871868528, [("expand.conv.weight", 0, 3.5288608),
-         ("expand.conv.attention.squeeze.weight", ..., 0.43073277),
-         ("blocks.0.0.conv.weight", 0, 2.5074448), ("blocks.0.1.conv.weight", 1, 3.7462195),
-         ("blocks.0.1.norm.weight", ..., 0.50548184),
-         ("blocks.0.0.conv.attention.squeeze.weight", ..., 0.60659481),
-         ("blocks.0.1.conv.attention.norm.bias", ..., 0.10792266),
-         ("blocks.0.1.conv.attention.position.weight", ..., 0.5447364),
-         ("shrink.weight", 1, 2.5365556)]),
-    '7x3': (
-        'dynamic', 8, 1, (7, 3), ('circular', 'replicate'), 1,
-        {0: 0.21441932, 1: 0.09937502, 5: -0.02126497, 63: -0.22978819, 124: -0.01752613,
-         125: -0.03080709},
-        1.5457037943, [("expand.conv.weight", 0, 32.038196),
-         ("expand.conv.attention.squeeze.weight", ..., 0.0076584183),
-         ("blocks.0.0.conv.weight", 0, 2.5911947), ("blocks.0.1.conv.weight", 1, 2.5493182),
-         ("blocks.0.1.norm.weight", ..., 0.3546402),
-         ("blocks.0.0.conv.attention.squeeze.weight", ..., 2.4110055),
-         ("blocks.0.1.conv.attention.norm.bias", ..., 0.18598983),
-         ("blocks.0.1.conv.attention.position.weight", ..., 0.82590152),
-         ("shrink.weight", 1, 2.0717253)]),
-    'autogrids': (
-        'autogrids', 16, 1, (5, 5), ('circular', 'zeros'), 1,
-        {0: 0.21198072, 1: 0.14457081, 5: 0.4120058, 51: 0.21948809, 100: 0.05146396,
-         101: 0.05225643},
-        None, []),
-    'vanilla_cz': (
-        'vanilla', 16, 1, (5, 5), ('circular', 'zeros'), 30,
-        {0: -0.12546289, 1: -0.22197505, 5: -0.06374375, 75: -0.11219781, 148: 0.16422292,
-         149: 0.15437806},
-        10.5501018009, [("expand.conv.weight", 0, 120.74863),
-         ("blocks.0.0.conv.weight", 0, 7.182982),
-         ("blocks.0.1.conv.weight", 1, 21.375246),
-         ("blocks.0.1.norm.weight", ..., 0.96980356), ("shrink.weight", 1, 14.805056)]),
+GRIDCONV_GOLDEN = {  # kind, hidden, blocks, grid, padding, temperature, loss, output
+    "cr": ("dynamic", 16, 2, (5, 5), ("circular", "replicate"), 30, 1.8616676159,
+           [-0.01742218, -0.13072298, 0.6190666, -0.00849724, -0.07430863, -0.03954815]),
+    "cz_t1": ("dynamic", 16, 1, (5, 5), ("circular", "zeros"), 1, 1.9871868528,
+              [-0.01626298, 0.05552758, -0.3148533, -0.02102277, -0.11077761, -0.13166446]),
+    "7x3": ("dynamic", 8, 1, (7, 3), ("circular", "replicate"), 1, 1.5457037943,
+            [0.21441932, 0.09937502, -0.02126497, -0.22978819, -0.01752613, -0.03080709]),
+    "vanilla_cz": ("vanilla", 16, 1, (5, 5), ("circular", "zeros"), 30, 10.5501018009,
+                   [-0.12546289, -0.22197505, -0.06374375, -0.11219781, 0.16422292, 0.15437806]),
+    "autogrids": ("autogrids", 16, 1, (5, 5), ("circular", "zeros"), 1, None,
+                  [0.21198072, 0.14457081, 0.4120058, 0.21948809, 0.05146396, 0.05225643]),
 }
-GLAGCN_GOLDEN = {  # joints, channels, modules, batch, output, loss, gradients
-    '27': (
-        17, 16, 3, 2,
-        {0: -10.8066885, 1: -8.2510066, 2: 7.5096084, 34: -10.1957667, 51: -10.7825895,
-         99: -4.4775778, 100: -3.7133054, 101: 3.0228485},
-        0.6993974987, [("data_norm.weight", ..., 0.19593335), ("expand.spatial.B", ..., 0.40597872),
-         ("expand.spatial.embed.weight", np.s_[4:8], 0.0065960749),
-         ("expand.spatial.embed.bias", np.s_[20:24], 0.0013872685),
-         ("expand.spatial.shortcut.0.weight", ..., 0.062151058),
-         ("strided.0.first.spatial.W", np.s_[:, :, 1], 0.34881978),
-         ("strided.0.second.spatial.B", ..., 0.096343669),
-         ("strided.1.second.temporal.weight", ..., 2.031109),
-         ("strided.2.first.spatial.norm.weight", ..., 0.0034974868),
-         ("strided.2.second.spatial.embed.weight", np.s_[12:16], 0.0041396659),
-         ("head.W_shared", ..., 5.1205778), ("head.b_shared", ..., 0.41988953)]),
-    'humaneva15_27': (
-        15, 12, 3, 2,
-        {0: -3.9175804, 1: -3.1435512, 2: 7.3033294, 30: -6.2355562, 45: -4.0610088,
-         87: -4.5273459, 88: -3.7161078, 89: 8.5077393},
-        0.3381037619, [("data_norm.weight", ..., 0.21401942), ("expand.spatial.B", ..., 0.85768449),
-         ("expand.spatial.embed.weight", np.s_[3:6], 0.0067188733),
-         ("expand.spatial.embed.bias", np.s_[15:18], 0.0001411041),
-         ("expand.spatial.shortcut.0.weight", ..., 0.12201389),
-         ("strided.0.first.spatial.W", np.s_[:, :, 1], 0.79364402),
-         ("strided.0.second.spatial.B", ..., 0.1350987),
-         ("strided.1.second.temporal.weight", ..., 0.77511895),
-         ("strided.2.first.spatial.norm.weight", ..., 0.022101543),
-         ("strided.2.second.spatial.embed.weight", np.s_[9:12], 0.0075750594),
-         ("head.W_shared", ..., 2.9017585), ("head.b_shared", ..., 0.51746699)]),
-    '243': (
-        17, 8, 5, 1,
-        {0: 4.0855212, 1: -0.6346984, 2: -5.0710319, 17: -4.5908273, 25: 0.1831269,
-         48: 2.2674893, 49: -1.1148715, 50: -3.9978118},
-        None, []),
+GRIDCONV_GRADIENTS = [  # our parameter, which part of it, the norm in each case with a loss
+    ("expand.conv.weight", 0, 12.333935, 3.5288608, 32.038196, 120.74863),
+    ("expand.conv.attention.squeeze.weight", ..., 0.0087960872, 0.43073277, 0.0076584183, None),
+    ("blocks.0.0.conv.weight", 0, 6.9817357, 2.5074448, 2.5911947, 7.182982),
+    ("blocks.0.1.conv.weight", 1, 9.4080435, 3.7462195, 2.5493182, 21.375246),
+    ("blocks.0.1.norm.weight", ..., 1.0155184, 0.50548184, 0.3546402, 0.96980356),
+    ("blocks.0.0.conv.attention.squeeze.weight", ..., 0.020246375, 0.60659481, 2.4110055, None),
+    ("blocks.0.1.conv.attention.norm.bias", ..., 0.0048795247, 0.10792266, 0.18598983, None),
+    ("blocks.0.1.conv.attention.position.weight", ..., 0.018586323, 0.5447364, 0.82590152, None),
+    ("blocks.1.0.conv.weight", 0, 5.7508531, None, None, None),
+    ("shrink.weight", 1, None, 2.5365556, 2.0717253, 14.805056),
+]
+GLAGCN_GOLDEN = {  # joints, channels, modules, batch, loss, output
+    "27": (17, 16, 3, 2, 0.6993974987,
+           [-10.8066885, -8.2510066, 7.5096084, -10.1957667, -10.7825895, -4.4775778, -3.7133054,
+            3.0228485]),
+    "humaneva15_27": (15, 12, 3, 2, 0.3381037619,
+                      [-3.9175804, -3.1435512, 7.3033294, -6.2355562, -4.0610088, -4.5273459,
+                       -3.7161078, 8.5077393]),
+    "243": (17, 8, 5, 1, None,
+            [4.0855212, -0.6346984, -5.0710319, -4.5908273, 0.1831269, 2.2674893, -1.1148715,
+             -3.9978118]),
 }
+GLAGCN_GRADIENTS = [
+    ("data_norm.weight", ..., 0.19593335, 0.21401942),
+    ("expand.spatial.B", ..., 0.40597872, 0.85768449),
+    ("expand.spatial.embed.weight", 1, 0.0065960749, 0.0067188733),
+    ("expand.spatial.embed.bias", 5, 0.0013872685, 0.0001411041),
+    ("expand.spatial.shortcut.0.weight", ..., 0.062151058, 0.12201389),
+    ("strided.0.first.spatial.W", np.s_[:, :, 1], 0.34881978, 0.79364402),
+    ("strided.0.second.spatial.B", ..., 0.096343669, 0.1350987),
+    ("strided.1.second.temporal.weight", ..., 2.031109, 0.77511895),
+    ("strided.2.first.spatial.norm.weight", ..., 0.0034974868, 0.022101543),
+    ("strided.2.second.spatial.embed.weight", 3, 0.0041396659, 0.0075750594),
+    ("head.W_shared", ..., 5.1205778, 2.9017585),
+    ("head.b_shared", ..., 0.41988953, 0.51746699),
+]
 
 
 @pytest.mark.parametrize("case", GRIDCONV_GOLDEN)
 def test_released_gridconv_weights_give_the_releases_figures(case):
-    kind, hidden, blocks, grid, padding, temperature, want, loss, norms = GRIDCONV_GOLDEN[case]
+    kind, hidden, blocks, grid, padding, temperature, loss, want = GRIDCONV_GOLDEN[case]
     state = golden(released_gridconv(kind, hidden, blocks, grid))
-    net = gridconv.from_released(state, padding, grid)
+    wrapped = {"module._orig_mod." + key: value for key, value in state.items()}
+    net = gridconv.from_released(wrapped, padding, grid).eval()
     assert net.temperature == 30 and net.shrink.weight.dtype == torch.float64
     net.temperature = temperature
     poses, cells = golden_input(2, 17, 2), golden_input(2, 2, *grid)
     if case in ("cr", "cz_t1"):
         cells = gridconv.sgt(poses, net.fixed_assignment, grid)
     on_poses = case in ("cr", "cz_t1", "autogrids")
-    out = net.eval()(poses) if on_poses else net.eval().forward_grid(cells)
-    for i, value in want.items():
-        assert out.flatten()[i].item() == pytest.approx(value, abs=1e-7), i
-    if loss:  # in training mode, of the grid against zeros
-        found = train_without_dropout(net).forward_grid(cells).square().mean()
-        found.backward()
-        assert found.item() == pytest.approx(loss, abs=1e-9, rel=1e-7)
-        assert_gradients(net, norms)
+    out = (net(poses) if on_poses else net.forward_grid(cells)).flatten()
+    for i, value in zip((0, 1, 5, len(out) // 2, -2, -1), want):
+        assert out[i].item() == pytest.approx(value, abs=1e-7), i
+    if loss:
+        column = [*GRIDCONV_GOLDEN].index(case)
+        norms = [(name, part, norm[column]) for name, part, *norm in GRIDCONV_GRADIENTS]
+        norms = [row for row in norms if row[2] is not None]
+        assert_golden_training(net, net.forward_grid, cells, loss, norms)
 
 
 @pytest.mark.parametrize("case", GLAGCN_GOLDEN)
 def test_released_glagcn_weights_give_the_releases_figures(case):
-    joints, channels, modules, batch, want, loss, norms = GLAGCN_GOLDEN[case]
+    joints, channels, modules, batch, loss, want = GLAGCN_GOLDEN[case]
     edges = glagcn.H36M_EDGES if joints == 17 else glagcn.HUMANEVA15_EDGES
     state = golden(released_glagcn(joints, modules, channels))
-    model = glagcn.from_released(state, (3,) * modules, edges).eval()
+    wrapped = {"_orig_mod.module." + key: value for key, value in state.items()}
+    model = glagcn.from_released(wrapped, (3,) * modules, edges).eval()
     x = golden_input(batch, 3**modules, joints, 2)
     out = model(x).flatten()
     assert out.dtype == torch.float64
-    for i, value in want.items():
+    for i, value in zip((0, 1, 2, len(out) // 3, len(out) // 2, -3, -2, -1), want):
         assert out[i].item() == pytest.approx(value, abs=2e-6), i
     if loss:
-        found = train_without_dropout(model)(x).square().mean()
-        found.backward()
-        assert found.item() == pytest.approx(loss, abs=1e-9, rel=1e-7)
-        assert_gradients(model, norms)
+        column = [*GLAGCN_GOLDEN].index(case)
+        norms = [(name, part, norm[column]) for name, part, *norm in GLAGCN_GRADIENTS]
+        assert_golden_training(model, model, x, loss, norms)
 
 
-@pytest.mark.parametrize("prefix", [
-    "module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
-def test_wrapped_released_weights_load(prefix):
-    for state, module, argument in ((released_gridconv("vanilla"), gridconv, ("circular", "zeros")),
-                                    (released_glagcn(17, 1), glagcn, (3,))):
-        def load(state):
-            return module.from_released(state, argument)
-
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        plain, wrapped = load(state), load({prefix + key: value for key, value in state.items()})
-        assert all(map(torch.equal, plain.state_dict().values(), wrapped.state_dict().values()))
-
-
-W1, W2, W2B = "w1.branch1_weight", "w2.branch1_weight", "w2.branch2_weight"
+W1, W2 = "w1.branch1_weight", "w2.branch1_weight"
 FC, SGT = "atten_conv1.fc.weight", "sgt_layer.sgt_trans_mat"
 
 
 @pytest.mark.parametrize("kind, change, says", [
-    ("dynamic", None, "w1.branch1_weight"), ("dynamic", {}, "w1.branch1_weight"),
-    ("dynamic", {"a": torch.zeros(1)}, "w1.branch1_weight"),
+    ("dynamic", lambda s: None, "w1.branch1_weight"),
     ("dynamic", lambda s: {**s, "extra.weight": s[FC]}, "unexpected extra.weight"),
-    ("dynamic", lambda s: {**s, "atten_conv1.foo.weight": s[FC]}, "atten_conv1.foo.weight"),
-    ("dynamic", lambda s: {k: v for k, v in s.items() if "w2" not in k}, f"{W2} is missing"),
-    ("vanilla", lambda s: {k: v for k, v in s.items() if "w1.donut" not in k}, "w1.donut_conv.weigh"),
     ("vanilla", lambda s: {k: v for k, v in s.items() if k != "batch_norm1.bias"}, "_norm1.bias"),
+    ("dynamic", lambda s: {k: v for k, v in s.items() if ".branch2" not in k}, "of 1 branches"),
+    ("dynamic", lambda s: released_gridconv("dynamic", grid=(4, 4)), "position_fc.*144.*225"),
     ("dynamic", lambda s: {**s, W2: s[W2][:, :2]}, f"{W2} is .*expected"),
-    ("dynamic", lambda s: {**s, W2: s[W2][0, 0], W2B: s[W2][0, 0]}, f"{W2} is"),
-    ("dynamic", lambda s: {**s, W2: None, W2B: None}, W2),
-    ("dynamic", lambda s: {**s, W1: 3.0}, W1),
-    ("dynamic", lambda s: {**s, FC: "x"}, FC), ("dynamic", lambda s: {**s, 7: s[FC]}, "7"),
     ("dynamic", lambda s: {**s, W1: s[W1][:0]}, f"{W1} is"),
-    ("autogrids", lambda s: {**s, SGT: s[SGT][0, 0]}, f"{SGT} is"),
-    ("autogrids", lambda s: {**s, SGT: s[SGT][0]}, f"{SGT} is"),
-    ("autogrids", lambda s: {**s, SGT: s[SGT].expand(2, -1, -1)}, f"{SGT} is"),
-    ("autogrids", lambda s: {**s, SGT: None}, SGT)])
+    ("dynamic", lambda s: {**s, W1: 3.0}, W1),
+    ("dynamic", lambda s: {**s, 7: s[FC]}, "7"),
+    ("autogrids", lambda s: {**s, SGT: s[SGT][0]}, f"{SGT} is")])
 def test_gridconv_weights_of_something_else_are_refused(kind, change, says):
-    state = change(released_gridconv(kind)) if callable(change) else change
     with pytest.raises(ValueError, match=f"released GridConv.*{says}"):
-        gridconv.from_released(state, ("circular", "zeros"))
-
-
-def test_gridconv_weights_of_another_grid_or_branch_are_refused():
-    state = released_gridconv("dynamic")
-    with pytest.raises(ValueError, match="2 branches"):
-        gridconv.from_released(state, ("circular",))
-    with pytest.raises(ValueError, match="position_fc.* is .*225.*expected.*144"):
-        gridconv.from_released(state, ("circular", "zeros"), (4, 4))
+        gridconv.from_released(change(released_gridconv(kind)), ("circular", "zeros"))
 
 
 # ---- gridconv: temporal, together with a detector, the neighbours
@@ -1337,19 +1190,7 @@ def test_temporal_gridconv_by_loops(frames, grid, padding, groups, seed):
             seen = x[:, group * frames + k]
             alpha = layer.attention(seen)
             want = want + plain_dgridconv(seen, layer.weight, None, padding, alpha)
-        torch.testing.assert_close(got[:, group], want, rtol=1e-10, atol=1e-10)
-
-
-def test_temporal_gridconv_without_attention_is_torchs_conv3d():
-    conv = shake(gridconv.TemporalGridConv(2, 3, 3, ("circular",), (5, 5)), dtype=torch.float64)
-    for frame in conv.frames:
-        nn.init.constant_(frame.attention.position.bias, 1e9)  # alpha = 1
-    x = torch.randn(2, 2, 9, 5, 5, dtype=torch.float64)  # (B, C, T, H, P)
-    kernel = torch.stack([frame.weight[0] for frame in conv.frames], 2)
-    padded = F.pad(x.flatten(1, 2), (1, 1, 1, 1), mode="circular").unflatten(1, (2, 9))
-    want = F.conv3d(padded, kernel, stride=(3, 1, 1))
-    got = conv(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (2, 3)).transpose(1, 2)
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+        assert_near(got[:, group], want)
 
 
 @pytest.mark.parametrize("widths", [(3, 3, 3), (3, 5), (1, 3), (5,)])
@@ -1377,32 +1218,14 @@ def test_temporal_network_is_videopose3ds_dilated_form(widths):
 
     want = gridconv.inverse_sgt(net.shrink(features(len(widths) - 1, T // 2)), S)
     assert net.receptive_field == T
-    torch.testing.assert_close(net(pose), want, rtol=1e-10, atol=1e-10)
-
-
-def test_temporal_network_of_table_C():
-    net = gridconv.TemporalGridLiftingNetwork()
-    assert net.receptive_field == 27 and size(net) == 38063324
-    layers = (net.expand, *net.blocks[0], *net.blocks[1])
-    assert [len(layer.conv.frames) for layer in layers] == [3, 3, 1, 3, 1]
-
-    def attention(c, width):  # of each frame of a kernel
-        return c * width + 2 * width + (width + 1) * 225
-
-    kernels = 2 * 9 * (3 * 2 * 512 + 2 * (3 + 1) * 512**2 + 512 * 3)  # branches, K_s, K_t
-    attentions = 3 * attention(2, 16) + (3 + 1 + 3 + 1 + 1) * attention(512, 32)
-    assert size(net) == kernels + attentions + 5 * 2 * 512
-    assert net.temperature == 30
-    net.temperature = 2.0
-    found = [m.temperature for m in net.modules() if isinstance(m, gridconv.GridAttention)]
-    assert found == [2.0] * 12 and len(net.scheduled_norms()) == 5 + 3 + 3 + 1 + 3 + 1 + 1
+    assert_near(net(pose), want)
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))
 def test_soft_argmax_by_loops(h, w, seed):
     torch.manual_seed(seed)
     heatmaps = torch.randn(2, 3, h, w, dtype=torch.float64) * 3
-    got, longest = gridconv.soft_argmax(heatmaps), max(h, w)
+    got = gridconv.soft_argmax(heatmaps)
     for b, j in np.ndindex(2, 3):
         total, x, y = 0.0, 0.0, 0.0
         for r, c in np.ndindex(h, w):
@@ -1410,10 +1233,6 @@ def test_soft_argmax_by_loops(h, w, seed):
             total, x, y = total + p, x + p * (c + 0.5), y + p * (r + 0.5)
         want = data.normalise(np.array([x / total, y / total]), (w, h), "longest")
         assert got[b, j].tolist() == pytest.approx(want.tolist(), abs=1e-12)
-    sharp = torch.full((1, 1, h, w), -1e4)
-    sharp[0, 0, h - 1, 0] = 0  # the lowest row, the leftmost column
-    want = [(1 - w) / longest, (h - 1) / longest]
-    assert gridconv.soft_argmax(sharp)[0, 0].tolist() == pytest.approx(want, abs=1e-6)
 
 
 def test_joint_loss_is_equation_13_and_its_gradients_are_right():
@@ -1435,43 +1254,12 @@ def test_joint_loss_is_equation_13_and_its_gradients_are_right():
     assert loss(heatmaps, lift).item() == pytest.approx(want_2d + 160 * want_3d)
     assert loss(heatmaps, lift, weight=3.0).item() == pytest.approx(want_2d + 3 * want_3d)
     assert torch.autograd.gradcheck(loss, (heatmaps, lift))
-    assert torch.autograd.gradcheck(gridconv.soft_argmax, heatmaps)
-
-
-def test_a_tiny_detector_learns_together_with_the_lifter():
-    """Blurred images of single joints, an almost blind detector, a lifter trained on true 2D: under
-    Eq. 13 the 2D and the 3D error fall together."""
-    torch.manual_seed(0)
-    pose_2d = torch.rand(16, 17, 2) * 1.4 - 0.7
-    pose_3d = 0.3 * torch.cat([pose_2d, pose_2d @ torch.randn(2, 1)], 2)
-    at = (2 * torch.arange(16) + 1 - 16) / 16
-    x, y = (at - pose_2d[..., :1]) ** 2, (at - pose_2d[..., 1:]) ** 2
-    images = torch.exp(-100 * (x[:, :, None, :] + y[:, :, :, None]))
-    detector, lifter = nn.Conv2d(17, 17, 3, padding=1), small()
-    nn.init.dirac_(detector.weight)
-    training_losses(lifter, pose_2d, pose_3d, 1e-2, 60)
-    lifter.eval()
-    optimizer = torch.optim.Adam([{"params": detector.parameters(), "lr": 0.1},
-                                  {"params": lifter.parameters(), "lr": 1e-3}])
-    errors = []
-    for _ in range(50):
-        found = gridconv.soft_argmax(detector(images))
-        lifted = lifter(found)
-        off_2d, off_3d = found - pose_2d, lifted - pose_3d
-        errors.append((off_2d.norm(dim=-1).mean(), off_3d.norm(dim=-1).mean()))
-        optimizer.zero_grad()
-        gridconv.joint_loss(found, pose_2d, lifted, pose_3d).backward()
-        optimizer.step()
-    assert errors[-1][0] < 0.25 * errors[0][0] and errors[-1][1] < 0.25 * errors[0][1]
-    loss = (lifter(gridconv.soft_argmax(detector(images))) - pose_3d).square().mean()
-    # the 3D loss alone reaches the detector
-    assert torch.autograd.grad(loss, detector.weight)[0].abs().sum() > 0
 
 
 @given(st.integers(1, 9), st.integers(1, 3), st.integers(1, 3), st.integers(0, 999))
 def test_graph_convolution_is_the_primers_equation_1(joints, c_in, c_out, seed):
     rng = np.random.default_rng(seed)
-    edges = [(int(rng.integers(joint)), joint) for joint in range(1, joints)]
+    edges = [rng.permutation([rng.integers(joint), joint]) for joint in range(1, joints)]
     layer = gridconv.GraphConv(c_in, c_out, edges, joints).double()
     W = torch.eye(joints, dtype=torch.float64)
     for i, j in edges:
@@ -1481,19 +1269,14 @@ def test_graph_convolution_is_the_primers_equation_1(joints, c_in, c_out, seed):
     theta, want = layer.theta.weight[..., 0], torch.zeros(2, c_out, joints, dtype=torch.float64)
     for i, j in np.ndindex(joints, joints):
         want[:, :, i] += D[i] ** -0.5 * W[i, j] * D[j] ** -0.5 * (x[:, :, j] @ theta.T)
-    torch.testing.assert_close(layer(x), want, rtol=1e-6, atol=1e-6)  # its graph is float32
-    other = gridconv.GraphConv(c_in, c_out, [(j, i) for i, j in edges], joints)
-    torch.testing.assert_close(other.graph, layer.graph.float())
+    assert_near(layer(x), want, 1e-6)  # its graph is float32
 
 
 @pytest.mark.parametrize("make", [gridconv.FullyConnectedLifter, gridconv.GraphConvLifter])
 def test_neighbours_layer_by_layer(make):
     net, full = shake(make(hidden=6), dtype=torch.float64), make is gridconv.FullyConnectedLifter
     pose = torch.randn(3, 17, 2, dtype=torch.float64)
-    parts = list(net.network)[1:-1] if full else list(net.network)
-    expand, *blocks, shrink = parts
-    kinds = (nn.Linear, gridconv.GraphConv)
-    assert len(blocks) == 2 and sum(isinstance(m, kinds) for m in net.modules()) == 6
+    expand, *blocks, shrink = list(net.network)[1:-1] if full else net.network
 
     def layer(part, x):
         linear, norm, _, _ = part
@@ -1509,56 +1292,63 @@ def test_neighbours_layer_by_layer(make):
     else:
         want = shrink(x).transpose(1, 2)
     torch.testing.assert_close(net(pose), want)
-    drops = [m.p for m in net.modules() if isinstance(m, nn.Dropout)]
-    assert drops == [0.5 if full else 0.25] * 5
 
 
-def test_neighbours_parameters():
-    fc, gcn = gridconv.FullyConnectedLifter(), gridconv.GraphConvLifter()
-    assert size(fc) == 35 * 1024 + 4 * 1025 * 1024 + 1025 * 51 + 5 * 2 * 1024 == 4296755
-    assert size(gcn) == 2 * 256 + 4 * 256**2 + 256 * 3 + 5 * 2 * 256 == 265984
-    assert fc.receptive_field == gcn.receptive_field == 1
+# ---- glagcn: its equations and the release's network by loops
 
 
-# ---- glagcn: the release's equations as a plain loop
+def pointwise(x, weight, bias):
+    """A convolution of one tap of features (B, C, J, T)."""
+    return torch.einsum("oc,bcjt->bojt", weight.flatten(1), x) + bias[:, None, None]
+
+
+def plain_graph_conv(x, A, B, kernels, embedded):
+    """The sum of Eq. 2 subset by subset, joint by joint; kernels: (W_k, bias) of each subset,
+    embedded: (theta_k, phi_k) of x (Eq. 3), None in ST-GCN."""
+    total, joints = 0, x.shape[2]
+    for k in range(3):
+        mixed = []
+        for j in range(joints):
+            graph = A[k, :, j] * B[k, :, j]
+            if embedded:
+                theta, phi = embedded[k]
+                scores = [(theta[:, :, i] * phi[:, :, j]).sum((1, 2)) for i in range(joints)]
+                scores = (torch.stack(scores, 1) / theta[0, :, 0].numel()).exp()
+                graph = A[k, :, j] + B[k, :, j] + scores / scores.sum(1, keepdim=True)
+            mixed.append((graph.view(-1, 1, joints, 1) * x).sum(2))
+        total = total + pointwise(torch.stack(mixed, 2), *kernels[k])
+    return total
 
 
 def plain_agcn(state, block, x, A, stride=1, residual=True):
-    """One block on features (C, T, J) by the release's equations, in evaluation: subset by subset,
-    joint by joint, tap by tap. state: in the release's names."""
+    """One block on features (B, C, J, T) by the release's equations, in evaluation, tap by tap.
+    state: in the release's names."""
+    def part(name):
+        entries = ("weight", "bias", "running_mean", "running_var")
+        return SimpleNamespace(eps=1e-5, **{key: state.get(f"{name}.{key}") for key in entries})
+
     def conv(name, y):
-        weight = state[f"{name}.weight"].flatten(1)
-        return torch.einsum("oc,ctj->otj", weight, y) + state[f"{name}.bias"][:, None, None]
+        return pointwise(y, part(name).weight, part(name).bias)
 
     def norm(name, y):
-        entries = ("weight", "bias", "running_mean", "running_var")
-        weight, bias, mean, var = [state[f"{name}.{entry}"][:, None, None] for entry in entries]
-        return (y - mean) / (var + 1e-5).sqrt() * weight + bias
+        return normalised(y, part(name))
 
-    gcn, y, J = f"{block}.gcn1", 0, x.shape[2]
-    for k in range(3):
-        theta, phi = conv(f"{gcn}.conv_a.{k}", x), conv(f"{gcn}.conv_b.{k}", x)
-        graph = torch.zeros(J, J, dtype=x.dtype)
-        for j in range(J):
-            scores = torch.stack([(theta[:, :, i] * phi[:, :, j]).sum() for i in range(J)])
-            scores = (scores / (len(theta) * x.shape[1])).exp()
-            graph[:, j] = A[k][:, j] + state[f"{gcn}.PA"][k][:, j] + scores / scores.sum()
-        mixed = torch.stack([sum(graph[i, j] * x[:, :, i] for i in range(J)) for j in range(J)], 2)
-        y = y + conv(f"{gcn}.conv_d.{k}", mixed)
+    gcn = f"{block}.gcn1"
+    embedded = [[conv(f"{gcn}.conv_{letter}.{k}", x) for letter in "ab"] for k in range(3)]
+    kernels = [part(f"{gcn}.conv_d.{k}") for k in range(3)]
+    kernels = [(kernel.weight, kernel.bias) for kernel in kernels]
+    y = plain_graph_conv(x, A, state[f"{gcn}.PA"], kernels, embedded)
     down = x
     if f"{gcn}.down.0.weight" in state:
         down = norm(f"{gcn}.down.1", conv(f"{gcn}.down.0", x))
     y = (norm(f"{gcn}.bn", y) + down).clamp(min=0)
 
-    T, out = x.shape[1], []
+    T, out, taps = x.shape[3], [], part(f"{block}.tcn1.conv")
     for centre in range(0, T, stride):
-        frame = state[f"{block}.tcn1.conv.bias"][:, None]
-        for tap in range(9):
-            if 0 <= centre + tap - 4 < T:
-                weight = state[f"{block}.tcn1.conv.weight"][:, :, tap, 0]
-                frame = frame + weight @ y[:, centre + tap - 4]
-        out.append(frame)
-    y = norm(f"{block}.tcn1.bn", torch.stack(out, 1))
+        seen = [tap for tap in range(9) if 0 <= centre + tap - 4 < T]
+        parts = [taps.weight[:, :, tap, 0] @ y[..., centre + tap - 4] for tap in seen]
+        out.append(sum(parts) + taps.bias[:, None])
+    y = norm(f"{block}.tcn1.bn", torch.stack(out, 3))
     if residual and f"{block}.residual.conv.weight" in state:
         y = y + norm(f"{block}.residual.bn", conv(f"{block}.residual.conv", x))
     elif residual:
@@ -1566,29 +1356,21 @@ def plain_agcn(state, block, x, A, stride=1, residual=True):
     return y.clamp(min=0)
 
 
-def plain_released(state, poses, edges, widths, input_norm):
+def plain_released(state, x, edges, widths, input_norm):
     """The release's network in evaluation: poses (B, T, J, 2) -> (B, J, 3)."""
     state = {key.removeprefix("module."): value.double() for key, value in state.items()}
-    J, out = poses.shape[2], []
-    A = torch.zeros(3, J, J, dtype=torch.float64)
-    for parent, child in edges:
-        A[1, parent, child] = A[2, child, parent] = 1
-    A[0] = torch.eye(J)
-    for k, column in np.ndindex(3, J):
-        if A[k, :, column].sum() > 0:
-            A[k, :, column] /= A[k, :, column].sum().clone()
-    for x in poses:
-        if input_norm:
-            entries = ("weight", "bias", "running_mean", "running_var")
-            weight, bias, mean, var = [state[f"data_bn.{entry}"].view(J, 2) for entry in entries]
-            x = (x - mean) / (var + 1e-5).sqrt() * weight + bias
-        x = plain_agcn(state, "expand_gcn", x.permute(2, 0, 1), A)
-        for i, width in enumerate(widths):
-            y = plain_agcn(state, f"layers_tcngcn.{2 * i}", x, A)
-            y = plain_agcn(state, f"layers_tcngcn.{2 * i + 1}", y, A, width, residual=False)
-            x = y + x[:, width // 2::width]
-        out.append(state["fc.weight"][..., 0] @ x.mean(1) + state["fc.bias"][:, None])
-    return torch.stack(out).transpose(1, 2)
+    J, A = x.shape[2], glagcn.spatial_partition(edges, x.shape[2])
+    if input_norm:
+        entries = ("weight", "bias", "running_mean", "running_var")
+        weight, bias, mean, var = [state[f"data_bn.{entry}"].view(J, 2) for entry in entries]
+        x = (x - mean) / (var + 1e-5).sqrt() * weight + bias
+    x = plain_agcn(state, "expand_gcn", x.permute(0, 3, 2, 1), A)
+    for i, width in enumerate(widths):
+        y = plain_agcn(state, f"layers_tcngcn.{2 * i}", x, A)
+        y = plain_agcn(state, f"layers_tcngcn.{2 * i + 1}", y, A, width, residual=False)
+        x = y + x[..., width // 2::width]
+    x = pointwise(x.mean(3, keepdim=True), state["fc.weight"], state["fc.bias"])
+    return x[..., 0].transpose(1, 2)
 
 
 @pytest.mark.parametrize("edges, joints, input_norm", [
@@ -1601,52 +1383,28 @@ def test_released_glagcn_weights_by_the_releases_equations(edges, joints, input_
     model = glagcn.from_released(state, (3, 3), edges, input_norm=input_norm).double().eval()
     want = plain_released(state, poses, edges, (3, 3), input_norm)
     assert want.std() > 0.01
-    torch.testing.assert_close(model(poses), want, rtol=1e-6, atol=1e-6 * want.abs().max().item())
-    assert (model.data_norm is None) == (not input_norm)
-    if not input_norm:  # with the other list or the norm it is another model
+    assert_near(model(poses), want, 1e-9)
+    if not input_norm:  # with the other list it is another model
         other = plain_released(state, poses, glagcn.HUMANEVA15_EDGES, (3, 3), False)
         assert (other - want).abs().max() > 1e-3 * want.abs().max()
-        bare = {key: value for key, value in state.items() if "data_bn" not in key}
-        again = glagcn.from_released(bare, (3, 3), edges, input_norm=False).double().eval()
-        assert torch.equal(again(poses), model(poses))
-
-
-def test_the_detected_list_is_the_other_without_two_links():
-    """1-based (2,6) and (1,9) are missing: two limbs hang in no graph; no other list may do so."""
-    kept = [edge for edge in glagcn.HUMANEVA15_EDGES if edge not in ((5, 1), (8, 0))]
-    assert glagcn.HUMANEVA15_DETECTED_EDGES == tuple(kept) and len(kept) == 12
-    assert glagcn.spatial_partition([list(edge) for edge in kept], 15).shape == (3, 15, 15)
-    for edges in (kept[:-1], glagcn.HUMANEVA15_EDGES[:-1]):
-        with pytest.raises(ValueError, match="not connected"):
-            glagcn.spatial_partition(edges, 15)
 
 
 GLA_FC, GLA_PA = "module.fc.weight", "module.expand_gcn.gcn1.PA"
-GLA_TCN, GLA_BN = "module.expand_gcn.tcn1.conv.weight", "module.data_bn.bias"
 
 
 @pytest.mark.parametrize("change, widths, says", [
-    (dict, (3, 3, 3), "2 strided.*expected 3"), (lambda s: None, (3, 3), "lack fc.weight"),
-    (lambda s: {k: v for k, v in s.items() if k != GLA_FC}, (3, 3), "lack fc.weight"),
+    (dict, (3, 3, 3), "2 strided.*expected 3"),
+    (lambda s: None, (3, 3), "lack fc.weight"),
     (lambda s: {**s, "extra.weight": torch.zeros(1)}, (3, 3), "unexpected extra.weight"),
-    (lambda s: {k: v for k, v in s.items() if k != GLA_BN}, (3, 3), "data_bn.bias is missing"),
-    (lambda s: {**s, GLA_FC: s[GLA_FC][:, :, 0]}, (3, 3), "fc.weight"),
+    (lambda s: {k: v for k, v in s.items() if "bn.bias" not in k}, (3, 3), "bn.bias is missing"),
     (lambda s: {**s, GLA_FC: s[GLA_FC].expand(3, 8, 5)}, (3, 3), "fc.weight"),
     (lambda s: {**s, GLA_FC: s[GLA_FC][:, :0]}, (3, 3), "fc.weight"),
-    (lambda s: {**s, GLA_FC: None}, (3, 3), "fc.weight"),
     (lambda s: {**s, GLA_FC: s[GLA_FC].int()}, (3, 3), "fc.weight"),
-    (lambda s: {**s, GLA_PA: torch.tensor(0.0)}, (3, 3), "PA"),
-    (lambda s: {**s, GLA_PA: s[GLA_PA][0, 0]}, (3, 3), "PA"),
-    (lambda s: {**s, GLA_PA: "x"}, (3, 3), "PA"),
-    (lambda s: {**s, GLA_TCN: 3.0}, (3, 3), "tcn1.conv"),
-    (lambda s: {**s, "layers_tcngcn.": s[GLA_PA]}, (3, 3), "2.5 strided"),
-    (lambda s: {**s, 7: s[GLA_PA]}, (3, 3), "7"), (lambda s: [], (3, 3), "fc.weight"),
-    (dict, 3, "filter_widths"), (dict, (3.0, 3), "filter_widths")])
+    (lambda s: {**s, GLA_PA: "x"}, (3, 3), "PA"), (lambda s: {**s, 7: s[GLA_PA]}, (3, 3), "7"),
+    (lambda s: released_glagcn(15, 2), (3, 3), r"0\.\.14")])
 def test_glagcn_weights_of_something_else_are_refused(change, widths, says):
     with pytest.raises(ValueError, match=says):
         glagcn.from_released(change(released_glagcn(17, 2)), widths)
-    with pytest.raises(ValueError, match=r"0\.\.14"):
-        glagcn.from_released(released_glagcn(15, 1), (3,))
 
 
 # ---- glagcn: the graph
@@ -1673,63 +1431,32 @@ def test_partition(joints, draw):
             assert symmetric[k, i, j].item() == pytest.approx(want)
 
 
-@pytest.mark.parametrize("edges, joints", [
-    (glagcn.H36M_EDGES, 17), (glagcn.HUMANEVA15_EDGES, 15), (glagcn.MPI3DHP_EDGES, 17)])
-def test_edges_connect_every_joint_once(edges, joints):
-    assert len(set(map(frozenset, edges))) == joints - 1
-    sums = glagcn.spatial_partition(edges, joints).sum(-2)
-    assert ((sums - 1).abs() < 1e-12).logical_or(sums == 0).all() and (sums[0] == 1).all()
-    if joints == 17:  # trees: every joint but the root has one parent
-        assert len({child for _, child in edges}) == 16
-    else:  # the released list: links up and links down, so joint 1 is a child three times
-        assert [child for _, child in edges].count(1) == 3
-    model = glagcn.GLAGCN(joints, edges, (3,), 4)
-    assert model(torch.randn(2, 3, joints, 2)).shape == (2, joints, 3)
+def test_edge_lists_connect_every_joint_but_the_detected_list():
+    """There 1-based (2,6) and (1,9) are missing: two limbs hang in no graph; no other may do so."""
+    for edges, joints in ((glagcn.H36M_EDGES, 17), (glagcn.MPI3DHP_EDGES, 17),
+                          (glagcn.HUMANEVA15_EDGES, 15), (((0, 1), (1, 2), (2, 0)), 3)):
+        A = glagcn.spatial_partition(edges, joints)
+        assert ((A.sum(1) - 1).abs() < 1e-12).logical_or(A.sum(1) == 0).all()
+        if joints == 17:  # trees: every joint but the root has one parent
+            assert len(edges) == len({child for _, child in edges}) == 16
+    # the released list has links up and links down, so joint 1 is a child three times
+    assert [child for _, child in glagcn.HUMANEVA15_EDGES].count(1) == 3
+    kept = [edge for edge in glagcn.HUMANEVA15_EDGES if edge not in ((5, 1), (8, 0))]
+    assert glagcn.HUMANEVA15_DETECTED_EDGES == tuple(kept) and len(kept) == 12
+    assert glagcn.spatial_partition([list(edge) for edge in kept], 15).shape == (3, 15, 15)
+    for edges in (kept[:-1], glagcn.HUMANEVA15_EDGES[:-1]):
+        with pytest.raises(ValueError, match="not connected"):
+            glagcn.spatial_partition(edges, 15)
 
 
-@pytest.mark.parametrize("edges, message", [
-    (((0, 1), (1, 3)), r"\(1, 3\).*0\.\.2"), (((0, 1), (-1, 2)), r"\(-1, 2\).*0\.\.2"),
-    (((0, 1),), r"joints \[2\]"), ((), r"joints \[1, 2\]"), (((0, 1), (1, 2), (2, 2)), r"\(2, 2\)"),
-    (((0, 1), (1, 2.0)), r"\(1, 2\.0\)"), (((0, 1), (1, "2")), r"\(1, '2'\)"),
-    (((0, 1), (1, 2, 0)), r"\(1, 2, 0\)")])
-def test_bad_edges_are_named(edges, message):
-    with pytest.raises(ValueError, match=message):
-        glagcn.GLAGCN(3, edges, (3,), 4)
-
-
-def test_cycles_are_fine_and_an_unknown_normalisation_is_not():
-    assert glagcn.spatial_partition(((0, 1), (1, 2), (2, 0)), 3).shape == (3, 3, 3)
-    again = glagcn.spatial_partition(iter(glagcn.H36M_EDGES), 17)
-    assert torch.equal(again, glagcn.spatial_partition(glagcn.H36M_EDGES, 17))
-    with pytest.raises(ValueError, match="rows.*symmetric"):
-        glagcn.spatial_partition(((0, 1),), 2, "rows")
-
-
-@pytest.mark.parametrize("normalisation", ["column", "symmetric"])
-def test_every_layer_has_the_partition_it_was_asked_for_to_the_last_bit(normalisation):
-    def build():
-        return glagcn.GLAGCN(
-            filter_widths=(3,), channels=4, reconstruct=True, normalisation=normalisation)
-
-    want = glagcn.spatial_partition(glagcn.H36M_EDGES, 17, normalisation)
-    halved = copy.deepcopy(build()).half().double()
-    for model, A in ((build(), want.float()), (build().double(), want), (halved, want)):
-        graphs = [m.A for m in model.modules() if isinstance(m, glagcn.AdaptiveGraphConv)]
-        assert len(graphs) == 1 + 3 + 1 + 2 and all(torch.equal(graph, A) for graph in graphs)
-        assert not any(name.endswith("A") for name in model.state_dict())
-    state = {key: value.double() for key, value in released_glagcn(17, 1).items()}
-    released = glagcn.from_released(state, (3,)).strided[0].second.spatial.A
-    assert torch.equal(released, glagcn.spatial_partition(glagcn.H36M_EDGES, 17))
+def test_the_normalisation_asked_for_reaches_every_layer_to_the_last_bit():
+    model = tiny_gla(4, reconstruct=True, normalisation="symmetric").half().double()
+    graphs = [module.A for module in model.modules() if hasattr(module, "A")]
+    want = glagcn.spatial_partition(((0, 1), (1, 2), (2, 3)), 4, "symmetric")
+    assert len(graphs) == 1 + 3 + 1 + 4 and all(torch.equal(graph, want) for graph in graphs)
 
 
 # ---- glagcn: adaptive graph convolution
-
-
-def graph_conv(c_in, c_out, joints=4, **options):
-    torch.manual_seed(c_in * 10 + c_out)
-    A = glagcn.spatial_partition([(i, i + 1) for i in range(joints - 1)], joints)
-    conv = glagcn.AdaptiveGraphConv(c_in, c_out, A, dropout=0.0, **options)
-    return shake(conv, dtype=torch.float64)
 
 
 @given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.booleans(),
@@ -1737,82 +1464,27 @@ def graph_conv(c_in, c_out, joints=4, **options):
 @settings(max_examples=25)
 def test_graph_convolution_against_loops(joints, c_in, c_out, frames, adaptive, training):
     """Eq. 2 and 3 in loops over subsets and joints, both orders of W_k, values and gradients."""
-    conv = graph_conv(c_in, c_out, joints, adaptive=adaptive).train(training)
-    n, A, B = conv.embedding, conv.A, conv.B
+    torch.manual_seed(c_in * 10 + c_out)
+    A = glagcn.spatial_partition([(i, i + 1) for i in range(joints - 1)], joints)
+    conv = glagcn.AdaptiveGraphConv(c_in, c_out, A, dropout=0.0, adaptive=adaptive)
+    shake(conv, dtype=torch.float64).train(training)
     x = torch.randn(3, c_in, joints, frames, dtype=torch.float64, requires_grad=True)
-    total = 0
-    for k in range(3):
-        mixed = []
-        for j in range(joints):
-            graph = A[k, :, j] * B[k, :, j]
-            if adaptive:
-                rows = (slice(k * n, k * n + n), slice((3 + k) * n, (3 + k) * n + n))
-                theta, phi = [torch.einsum("ec,bcjt->bejt", conv.embed.weight[part, :, 0, 0], x)
-                              + conv.embed.bias[part][:, None, None] for part in rows]
-                scores = [(theta[:, :, i] * phi[:, :, j]).sum((1, 2)) for i in range(joints)]
-                scores = (torch.stack(scores, 1) / (n * frames)).exp()
-                graph = A[k, :, j] + B[k, :, j] + scores / scores.sum(1, keepdim=True)
-            mixed.append((graph.view(-1, 1, joints, 1) * x).sum(2))
-        weight, bias = conv.W[:, :, k, 0], conv.bias[k]
-        total = total + torch.einsum("oc,bcjt->bojt", weight, torch.stack(mixed, 2))
-        total = total + bias[:, None, None]
-    norm = copy.deepcopy(conv.norm)
-    want = F.relu(norm(total) + copy.deepcopy(conv.shortcut)(x))
+    weights, embedded = [x, conv.B, conv.W, conv.bias], None
+    if adaptive:
+        weights += conv.embed.parameters()
+        parts = zip(conv.embed.weight.chunk(6), conv.embed.bias.chunk(6))
+        parts = [pointwise(x, *part) for part in parts]
+        embedded = list(zip(parts[:3], parts[3:]))
+    kernels = list(zip(conv.W.unbind(2), conv.bias))
+    total = plain_graph_conv(x, A, conv.B, kernels, embedded)
+    want = F.relu(copy.deepcopy(conv.norm)(total) + copy.deepcopy(conv.shortcut)(x))
     last = x.contiguous(memory_format=torch.channels_last)
     push = torch.randn_like(want)
-    plain, = torch.autograd.grad((want * push).sum(), x)
+    plain = torch.autograd.grad((want * push).sum(), weights)
     for got in (conv.reference(x), conv(x), conv(last)):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
-        mine, = torch.autograd.grad((got * push).sum(), x)
+        assert_near(got, want)
+        mine = torch.autograd.grad((got * push).sum(), weights)
         torch.testing.assert_close(mine, plain, rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize("c_in, c_out", [(2, 8), (5, 5), (8, 3)])
-@pytest.mark.parametrize("adaptive", [True, False])
-def test_reference_gives_what_forward_gives(c_in, c_out, adaptive):
-    conv = graph_conv(c_in, c_out, adaptive=adaptive).train()
-    x, results = torch.randn(3, c_in, 4, 5, dtype=torch.float64), []
-    for form in (conv, conv.reference):
-        conv.zero_grad()
-        conv.norm.reset_running_stats()
-        out = form(x)
-        out.square().sum().backward()
-        gradients = [p.grad for p in conv.parameters() if p.grad is not None]
-        results.append([out, conv.norm.running_mean.clone(), *(g.clone() for g in gradients)])
-    assert len(results[0]) == len(results[1]) >= 7
-    for mine, plain in zip(*results):
-        torch.testing.assert_close(mine, plain, rtol=1e-9, atol=1e-9)
-    conv, x = conv.float(), x.float()
-    assert (conv(x) - conv.reference(x)).norm() < 1e-5 * conv(x).norm()
-
-
-def test_st_gcn_is_the_fixed_graph_times_edge_importance():
-    conv, x = graph_conv(3, 3, adaptive=False), torch.randn(2, 3, 4, 5, dtype=torch.float64)
-    assert conv.embed is None and torch.equal(conv.graph(x), conv.A * conv.B)
-    fresh = glagcn.AdaptiveGraphConv(3, 3, conv.A, adaptive=False)
-    assert torch.equal(fresh.graph(x), fresh.A)
-
-
-def test_columns_of_C_sum_to_one():
-    conv, x = graph_conv(6, 8), torch.randn(3, 6, 4, 7, dtype=torch.float64)
-    C = conv.graph(x) - conv.A - conv.B
-    assert (C.sum(-2) - 1).abs().max() < 1e-12 and (C > 0).all()
-    assert (C.sum(-1) - 1).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("c_in, c_out", [(4, 4), (8, 4)])
-@pytest.mark.parametrize("k", [0, 1, 2])
-def test_moving_B_moves_its_subset_alone(c_in, c_out, k):
-    conv, x = graph_conv(c_in, c_out), torch.randn(2, c_in, 4, 3, dtype=torch.float64)
-    seen = []
-    conv.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
-    with torch.no_grad():
-        conv(x)
-        conv.B[k, 1, 2] += 0.5
-        conv(x)
-    change = torch.zeros_like(seen[0])
-    change[:, :, 2] = 0.5 * torch.einsum("oc,bct->bot", conv.W[:, :, k, 0], x[:, :, 1])
-    assert (seen[1] - seen[0] - change).abs().max() < 1e-12 and change.abs().max() > 0
 
 
 # ---- glagcn: the network
@@ -1845,60 +1517,28 @@ def test_any_odd_widths_end_at_one_frame(widths, joints, channels, causal, tempo
             model(torch.randn(2, wrong, joints, 2))
 
 
-@pytest.mark.parametrize("shape", [(2, 9, 16, 2), (2, 9, 17, 3), (9, 17, 2), (2, 17, 9, 2)])
-def test_wrong_shapes_name_both_sizes(shape):
-    with pytest.raises(ValueError) as error:
-        glagcn.GLAGCN(filter_widths=(3, 3), channels=4)(torch.zeros(shape))
-    assert str(tuple(shape)) in str(error.value) and "(batch, 9, 17, 2)" in str(error.value)
-
-
-@pytest.mark.parametrize("options, message", [
-    (dict(filter_widths=(3, 2)), "width 2"), (dict(filter_widths=(0,)), "width 0"),
-    (dict(filter_widths=(-3,)), "width -3"), (dict(filter_widths=()), "filter_widths"),
-    *((dict(filter_widths=widths), f"filter_widths: {re.escape(repr(widths))}")
-      for widths in ((1,), [1, 1], (3.0,), (None,), 3, None)),
-    *((dict(unshared_weight=value), str(value)) for value in (1.5, -0.1, float("nan"))),
-    (dict(unshared_weight=7, head="full"), "unshared_weight 7"),
-    (dict(unshared_weight=float("nan"), head="full"), "nan"),
-    *((dict(channels=value), f"channels: {value}") for value in (0, -4, 4.0)),
-    *((dict(reconstruct_blocks=value), f"reconstruct_blocks: {value}") for value in (-1, 0.5)),
-    (dict(temporal="max"), "'max'.*stride.*mean"), (dict(head="none"), "'none'.*individual.*full"),
-    (dict(normalisation="rows"), "'rows'.*column.*symmetric")])
-def test_bad_glagcn_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        glagcn.GLAGCN(**{"channels": 4, **options})
-
-
-@pytest.mark.parametrize("options", [
-    dict(), dict(head="full", temporal="mean", input_norm=False), dict(adaptive=False)])
-def test_an_empty_batch_gives_an_empty_batch(options):
-    model = tiny_gla(reconstruct=True, **options).eval()
-    pose, sequence = model(torch.zeros(0, 9, 3, 2), return_sequence=True)
-    assert pose.shape == (0, 3, 3) and sequence.shape == (0, 9, 3, 3)
-
-
-def test_parameter_counts():
-    """Table 5 of the paper and the release: 0.84, 1.10, 1.35, 1.88 and 48.64 M."""
-    with torch.device("meta"):  # no need to fill 48 million numbers
-        for widths, want in (((3,) * 3, 844_076), ((3,) * 4, 1_096_466), ((3,) * 5, 1_348_856)):
-            assert size(glagcn.GLAGCN(filter_widths=widths, unshared_weight=0.0)) == want
-        refinement = size(glagcn.Refinement(17))
-        assert refinement == 140_322
-        for channels, weight, want in ((96, 0.5, 1_876_886), (512, 0.5, 48_641_526),
-                                       (96, 1.0, 1_876_595), (512, 1.0, 48_639_987)):
-            model = glagcn.GLAGCN(channels=channels, reconstruct=True, unshared_weight=weight)
-            assert size(model) + refinement == want
-
-
-def test_input_norm_is_the_first_thing_and_can_be_left_out():
-    torch.manual_seed(0)
-    model = shake(tiny_gla(), dtype=torch.float64)
-    bare = tiny_gla(input_norm=False).double().eval()
-    kept = {key: value for key, value in model.state_dict().items() if "data_norm" not in key}
-    bare.load_state_dict(kept)
-    x = torch.randn(4, 9, 3, 2, dtype=torch.float64)
-    flat = normalised(x.flatten(2).transpose(1, 2), model.data_norm).transpose(1, 2)
-    torch.testing.assert_close(model(x), bare(flat.reshape(x.shape)))
+@pytest.mark.parametrize("says, make", [
+    (r"\(1, 3\).*0\.\.2", lambda: glagcn.spatial_partition(((0, 1), (1, 3)), 3)),
+    (r"joints \[2\]", lambda: glagcn.spatial_partition(((0, 1),), 3)),
+    (r"\(2, 2\)", lambda: glagcn.spatial_partition(((0, 1), (1, 2), (2, 2)), 3)),
+    (r"\(1, '2'\)", lambda: glagcn.spatial_partition(((0, 1), (1, "2")), 3)),
+    (r"\(1, 2, 0\)", lambda: glagcn.spatial_partition(((0, 1), (1, 2, 0)), 3)),
+    ("rows.*symmetric", lambda: tiny_gla(normalisation="rows")),
+    ("width 2", lambda: tiny_gla(widths=(3, 2))),
+    (r"filter_widths: \(3.0,\)", lambda: tiny_gla(widths=(3.0,))),
+    (r"filter_widths: \[1, 1\]", lambda: tiny_gla(widths=[1, 1])),
+    ("unshared_weight nan", lambda: tiny_gla(unshared_weight=float("nan"), head="full")),
+    ("channels: 0", lambda: tiny_gla(channels=0)),
+    ("reconstruct_blocks: 0.5", lambda: tiny_gla(reconstruct_blocks=0.5)),
+    ("'max'.*stride.*mean", lambda: tiny_gla(temporal="max")),
+    ("'none'.*individual.*full", lambda: tiny_gla(head="none")),
+    (r"\(9, 3, 2\).*\(batch, 9, 3, 2\)", lambda: tiny_gla()(torch.zeros(9, 3, 2))),
+    ("reconstruct=True", lambda: tiny_gla()(torch.zeros(1, 9, 3, 2), return_sequence=True)),
+    ("causal=False", lambda: tiny_gla(reconstruct=True, causal=True)(
+        torch.zeros(1, 9, 3, 2), return_sequence=True))])
+def test_bad_glagcn_arguments_are_named(says, make):
+    with pytest.raises(ValueError, match=says):
+        make()
 
 
 def test_glagcn_starts_as_released():
@@ -1912,22 +1552,21 @@ def test_glagcn_starts_as_released():
                         (model.expand.shortcut[0].weight, 96), (model.head.W_shared, 3)):
         assert weight.std().item() == pytest.approx(math.sqrt(2 / fan), rel=0.1)
     assert conv.dropout.p == 0.1 and model.expand.norm.weight.eq(1).all()
+    assert (glagcn.AdaptiveGraphConv(3, 3, conv.A, adaptive=False).B == 1).all()
 
 
 def test_scheduled_norms_leave_the_changing_shortcuts_out():
-    model = glagcn.GLAGCN(filter_widths=(3,), channels=4)
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
-    every = [module for module in model.modules() if isinstance(module, kinds)]
-    assert len(every) == 1 + 2 * 3 + 2
-    left = {*every} - {*model.scheduled_norms()}
-    assert left == {model.expand.shortcut[1], model.expand.spatial.shortcut[1]}
+    model, net = glagcn.GLAGCN(filter_widths=(3,), channels=4), temporal(filter_widths=(3, 3))
+    shortcuts = {model.expand.shortcut[1], model.expand.spatial.shortcut[1]}
+    for network, left in ((model, shortcuts), (net, set())):
+        every = {m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+        assert every - {*network.scheduled_norms()} == left
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_individual_layers(weight):
     head = shake(glagcn.IndividuallyConnected(5, 4, unshared_weight=weight), dtype=torch.float64)
-    v = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
-    assert (head.W is None) == (weight == 0) and (head.W_shared is None) == (weight == 1)
+    v = torch.randn(2, 4, 5, dtype=torch.float64)
     out = head(v)
     for b, i in np.ndindex(2, 4):
         want = 0
@@ -1936,18 +1575,10 @@ def test_individual_layers(weight):
         if weight < 1:
             want = want + (1 - weight) * (v[b, i] @ head.W_shared + head.b_shared)
         assert (out[b, i] - want).abs().max() < 1e-12
-    # it never sees another joint's features
-    gradient, = torch.autograd.grad(out[:, 2].sum(), v, retain_graph=True)
-    assert (gradient[:, [0, 1, 3]] == 0).all() and (gradient[:, 2] != 0).all()
-    if weight == 1:
-        assert (torch.autograd.grad(out[:, 2].sum(), head.W)[0][[0, 1, 3]] == 0).all()
-    same = head(v[:, :1].expand(2, 4, 5))  # the same features in every joint
-    assert torch.equal(same[:, 0], same[:, 3]) == (weight == 0)
 
 
 def test_full_head_mixes_joints():
     model = glagcn.GLAGCN(filter_widths=(3,), channels=4, head="full")
-    assert size(model.head) == 17 * 4 * 17 * 3 + 17 * 3
     v = torch.randn(1, 17, 4, requires_grad=True)
     gradient, = torch.autograd.grad(model.head(v)[:, 2].sum(), v)
     assert (gradient != 0).all()
@@ -1959,7 +1590,6 @@ def test_reconstruction_and_stage_two():
     x, zeros = torch.randn(4, 9, 17, 2), torch.zeros(4, 17, 3)
     pose, sequence = model(x, return_sequence=True)
     assert pose.shape == (4, 17, 3) and sequence.shape == (4, 9, 17, 3)
-    assert len(model.reconstruction) == 3
     for coordinate in sequence.unbind(-1):  # no ReLU after the last sum
         assert coordinate.min() < -0.1 and coordinate.max() > 0.1
     whole = glagcn.mean_distance(sequence, torch.zeros_like(sequence))
@@ -1968,7 +1598,6 @@ def test_reconstruction_and_stage_two():
     for name, parameter in model.sequence_head.named_parameters():
         assert "weight" not in name or parameter.grad.abs().sum() > 0
     model.zero_grad()
-    model.sequence_head.register_forward_hook(lambda *_: pytest.fail("no sequence is needed here"))
     glagcn.mean_distance(model(x), zeros).backward()  # stage two: the local loss alone
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == name.startswith("sequence_head.")
@@ -1991,77 +1620,37 @@ def test_sequence_is_aligned_with_its_frames(taps):
     assert reach.nonzero().flatten().tolist() == list(seen)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(reconstruct=True, causal=True)])
-def test_no_sequence_without_reconstruction_or_with_causal(options):
-    with pytest.raises(ValueError, match="reconstruct=True and causal=False"):
-        tiny_gla(**options)(torch.zeros(1, 9, 3, 2), return_sequence=True)
-
-
-def edge_padded_windows(video, T, causal):
-    """Windows (N, T, J, 2) about, or with causal ending at, every frame of (N, J, 2)."""
-    frames = torch.arange(len(video))[:, None] + torch.arange(T) - (T - 1 if causal else T // 2)
-    return video[frames.clamp(0, len(video) - 1)]
-
-
 @pytest.mark.parametrize("temporal", ["stride", "mean"])
 def test_causal_pose_never_depends_on_later_frames(temporal):
     torch.manual_seed(0)
+    frames = torch.arange(20)[:, None] + torch.arange(9)  # of the window about every frame
     for causal in (True, False):
         model = shake(tiny_gla(causal=causal, temporal=temporal))
         video = torch.randn(20, 3, 2)
         later = video.clone()
         later[12:] += torch.randn(8, 3, 2)
-        before, after = (model(edge_padded_windows(v, 9, causal)) for v in (video, later))
-        changed = (before - after).abs().amax((1, 2)) > 0
+        windows = (frames - (8 if causal else 4)).clamp(0, 19)
+        changed = (model(video[windows]) - model(later[windows])).abs().amax((1, 2)) > 0
         assert changed[12:].all() and changed[:12].any() != causal
     x = torch.randn(1, 9, 3, 2, requires_grad=True)  # a change of the frame itself shows
     model = shake(tiny_gla(causal=True, temporal=temporal))
     assert torch.autograd.grad(model(x).sum(), x)[0][0, 8].abs().sum() > 0
 
 
-@pytest.mark.parametrize("options", [
-    dict(), dict(reconstruct=True, head="full", input_norm=False),
-    dict(adaptive=False, unshared_weight=1.0)])
-def test_glagcn_state_round_trip(options, tmp_path):
-    model, other = shake(tiny_gla(**options)), tiny_gla(**options).eval()
-    torch.save(model.state_dict(), tmp_path / "model.pt")
-    x = torch.randn(2, 9, 3, 2)
-    assert not torch.equal(model(x), other(x))
-    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
-    assert torch.equal(model(x), other(x))
-
-
-def test_glagcn_can_be_exported_and_autocast():
+def test_glagcn_under_autocast():
     model = shake(glagcn.GLAGCN(filter_widths=(3, 3), channels=8, reconstruct=True))
     x = torch.rand(2, 9, 17, 2) * 2 - 1
     want = model(x)
-    exported = torch.export.export(model, (x,)).module()(x)
-    assert (exported - want).abs().max() < 1e-5 * want.abs().max()
-    model.train()
-    with torch.autocast("cpu", torch.bfloat16):
-        pose, sequence = model(x, return_sequence=True)
-        loss = pose.float().square().mean() + sequence.float().square().mean()
-    loss.backward()
-    assert torch.isfinite(loss) and all(p.grad.isfinite().all() for p in model.parameters())
-    model.eval()
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(x).float()
-    assert (rounded - model(x)).abs().max() < 0.3 * want.abs().max()
+        pose, sequence = model.train()(x, return_sequence=True)
+        loss = pose.float().square().mean() + sequence.float().square().mean()
+    assert (rounded - want).abs().max() < 0.3 * want.abs().max()
+    loss.backward()
+    assert torch.isfinite(loss) and all(p.grad.isfinite().all() for p in model.parameters())
 
 
 # ---- glagcn: refinement
-
-
-def project_by_scalars(points, intrinsics):
-    """The Human3.6M camera model, point by point."""
-    fx, fy, cx, cy, k1, k2, k3, p1, p2 = intrinsics.tolist()
-    out = torch.zeros(len(points), 2, dtype=points.dtype)
-    for i, (x, y, z) in enumerate(points.tolist()):
-        x, y = x / z, y / z
-        r2 = x * x + y * y
-        bend = 1 + k1 * r2 + k2 * r2**2 + k3 * r2**3 + p1 * x + p2 * y
-        out[i] = torch.tensor([fx * (x * bend + p1 * r2) + cx, fy * (y * bend + p2 * r2) + cy])
-    return out
 
 
 def test_refinement():
@@ -2071,8 +1660,7 @@ def test_refinement():
     intrinsics = torch.tensor([lens] * 3, dtype=torch.float64)
     root = torch.tensor([[0.3, -0.2, 4.5]]).double().repeat(3, 1)
     pose = torch.rand(3, 17, 3, dtype=torch.float64) - 0.5
-    seen = [project_by_scalars(p + r, k) for p, r, k in zip(pose, root, intrinsics)]
-    uv = torch.stack(seen)
+    uv = torch.from_numpy(data.project((pose + root[:, None]).numpy(), lens))
     # exact in, exact out, whatever the blend
     assert (net(pose, uv, intrinsics, root) - pose).abs().max() < 1e-6
     wrong = (pose + 0.1 * torch.randn_like(pose)).requires_grad_()
@@ -2099,7 +1687,6 @@ def test_mean_distance():
 def test_skeletons_are_trees_and_mirror_themselves():
     for s in SKELETONS.values():
         assert len(s.joints) == len(s.parents) == len(set(s.joints)) == int(s.name[-2:])
-        assert len(s.edges) == len(s.joints) - 1
         for joint in range(len(s.joints)):  # every joint hangs on the root
             for _ in s.joints:
                 joint = joint if s.parents[joint] < 0 else s.parents[joint]
@@ -2111,10 +1698,11 @@ def test_skeletons_are_trees_and_mirror_themselves():
 
 
 def test_projection_golden():
-    camera = (2.290598750114441, 2.287562370300293, 0.025083, 0.028902752, -0.2070989, 0.2477752,
-              -0.00307515, -0.0009757, -0.00142447)
+    camera = (2.290598750114441, 2.287562370300293, 0.025083, 0.028902752,
+              -0.2070989, 0.2477752, -0.00307515, -0.0009757, -0.00142447)
     points = [(0.556496, 0.77698, 4.762983), (-0.287271, 0.056565, 3.953001)]
-    want = [(0.2904045110107589, 0.39884800114767477), (-0.14121131996107592, 0.061583187059144076)]
+    want = [(0.2904045110107589, 0.39884800114767477),
+            (-0.14121131996107592, 0.061583187059144076)]
     assert_allclose(data.project(np.array(points), camera), want, atol=1e-12)
 
 
@@ -2141,43 +1729,31 @@ def plain_camera(world, extrinsics):
 
 def test_world_to_camera_and_back():
     world = np.random.default_rng(0).normal(size=(5, 17, 3))
-    rigs = [*data.H36M_EXTRINSICS.values(), *data.HUMANEVA_EXTRINSICS.values()]
-    for extrinsics in (extrinsics for rig in rigs for extrinsics in rig):
-        camera = data.world_to_camera(world, extrinsics)
-        assert_allclose(camera, plain_camera(world, extrinsics), atol=1e-9)
-        assert_allclose(data.camera_to_world(camera, extrinsics), world, atol=1e-12)
-        assert camera[..., 2].min() > 0
-        below = data.world_to_camera(np.array(extrinsics[4:]) - [0, 0, 1], extrinsics)
-        assert below[1] > 0.9  # y is down
+    for rig in (*data.H36M_EXTRINSICS.values(), *data.HUMANEVA_EXTRINSICS.values()):
+        for extrinsics in rig:
+            camera = data.world_to_camera(world, extrinsics)
+            assert_allclose(camera, plain_camera(world, extrinsics), atol=1e-9)
+            assert_allclose(data.camera_to_world(camera, extrinsics), world, atol=1e-12)
+            assert camera[..., 2].min() > 0
+            below = data.world_to_camera(np.array(extrinsics[4:]) - [0, 0, 1], extrinsics)
+            assert below[1] > 0.9  # y is down
 
 
 def test_normalise_rules():
-    p, size = np.array([[0.0, 0.0], [640, 480], [320, 240]], np.float32), (640, 480)
-    for points, size, rule, want in [
-            (p, size, "width", [[-1, -0.75], [1, 0.75], [0, 0]]),
-            (p[:1], (480, 640), "longest", [[-0.75, -1]]),
-            (p[:1], (480, 640), "width", [[-1, -640 / 480]]),
-            (p, size, "release-500", (p - 500) / 500)]:
-        for values in (points, torch.from_numpy(points)):
+    point = np.array([480, 120], np.float32)
+    for rule, size, want in [
+            ("width", (480, 640), (1, -5 / 6)),
+            ("longest", (480, 640), (0.75, -0.625)),
+            ("release-500", (640, 480), (-0.04, -0.76))]:
+        for values in (point, torch.from_numpy(point)):
             got = data.normalise(values, size, rule)
             assert got.dtype == values.dtype
             assert_allclose(got, want, atol=1e-7)
-    rejected("height", data.normalise, p, size, "height")
+    rejected("height", data.normalise, point, (640, 480), "height")
     other = [(1000, 1002), (2048, 2048)]
     assert data.fitting_rule("release-500", other[:1]) == "release-500"
     assert data.fitting_rule("release-500", other) == "longest"
     assert data.fitting_rule("width", other) == "width"
-
-
-@given(st.sampled_from(sorted(SKELETONS)), st.sampled_from((2, 3)), st.integers(0, 99))
-def test_flip_negates_x_and_swaps_sides(name, channels, seed):
-    s = SKELETONS[name]
-    pose = np.random.default_rng(seed).normal(size=(4, len(s.joints), channels))
-    got, sign = data.flip(pose, s), [-1, 1, 1][:channels]
-    assert_array_equal(data.flip(got, s), pose)
-    assert_array_equal(data.flip(torch.from_numpy(pose), s), got)
-    for left, right in [*zip(s.left, s.right), (s.root, s.root)]:
-        assert_array_equal(got[:, left], pose[:, right] * sign)
 
 
 # ---- the frame store
@@ -2201,7 +1777,6 @@ def small_sequences():
 def test_windows_of_the_frame_store_against_a_loop(frames, causal, flips, whole, target, seed):
     sequences = small_sequences()
     store = FrameStore(sequences, "width", H17, target=target)
-    assert len(store) == 12 and store.sequence.tolist() == [0] * 7 + [1] + [2] * 4
     index = torch.randint(0, 12, (9,), generator=torch.Generator().manual_seed(seed))
     mask = torch.arange(9) % 2 == 0 if flips else None
     pose, goal = store.batch(index, frames, causal, mask, whole)
@@ -2212,7 +1787,7 @@ def test_windows_of_the_frame_store_against_a_loop(frames, causal, flips, whole,
         if target == "uvd":
             goals = store.target[first:first + len(poses)].numpy()
         if flips and b % 2 == 0:
-            poses, goals = data.flip(poses, H17), data.flip(goals, H17)
+            poses, goals = flip(poses, H17), flip(goals, H17)
         window = []
         for step in range(frames):
             at = i - first + step - (frames - 1 if causal else frames // 2)
@@ -2226,7 +1801,8 @@ def test_windows_of_the_frame_store_against_a_loop(frames, causal, flips, whole,
 
 @pytest.mark.parametrize("rule", ["release-500", "width", "longest"])
 def test_uvd_is_a_pinhole_and_comes_back(rule):
-    store, index = FrameStore(small_sequences(), rule, H17, target="uvd"), torch.tensor([8, 0, 7])
+    store = FrameStore(small_sequences(), rule, H17, target="uvd")
+    index = torch.tensor([8, 0, 7])
     back = store.to_camera(store.target[index], index)
     assert (back - store.pose_3d[index]).abs().max() < 5e-6
     s = store.sequences[2]
@@ -2236,34 +1812,13 @@ def test_uvd_is_a_pinhole_and_comes_back(rule):
     assert_allclose(store.target[8, 5, [0, 2]], [u, s.pose_3d[0, 5, 2]], atol=1e-6)
     k = store.normalised_intrinsics(index)[0].double()
     assert k[0] * x / z + k[2] == pytest.approx(u, abs=1e-6)
-    plain = FrameStore(small_sequences(), rule, H17)
-    assert torch.equal(plain.to_camera(plain.target[index], index), plain.pose_3d[index])
-
-
-class NothingFromTheHost(torch.utils._python_dispatch.TorchDispatchMode):
-    """Fails on what would wait for a device, or copy to it."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function)
-        assert not re.search("_local_scalar|_to_copy|lift_fresh|nonzero|item", name), name
-        return function(*args, **(kwargs or {}))
-
-
-def test_batches_need_nothing_from_the_host():
-    store = FrameStore(small_sequences(), "width", H17, target="uvd")
-    index, mask = torch.tensor([11, 0, 7, 3]), torch.tensor([True, False, True, False])
-    with NothingFromTheHost():
-        for frames in (1, 9):
-            pose, target = store.batch(index, frames, flip=mask)
-        store.to_camera(target, index)
-        store.normalised_intrinsics(index)
-        data.flip(pose, H17)
 
 
 @pytest.mark.parametrize("change, name", [
-    (dict(sequences=[]), "no sequences"), (dict(skeleton=SKELETONS["humaneva15"]), "humaneva15"),
-    (dict(target="depth"), "depth"), (dict(rule="height"), "height"),
-    (dict(target="uvd"), "S1 walk 1"), (dict(cameras="random"), "S0 walk 0")])
+    (dict(sequences=[]), "no sequences"),
+    (dict(skeleton=SKELETONS["humaneva15"]), "humaneva15"),
+    (dict(target="uvd"), "intrinsics"),
+    (dict(cameras="random"), "S0 walk 0")])
 def test_the_frame_store_refuses(change, name):
     sequences = small_sequences()
     sequences[1].intrinsics = data.UNKNOWN_INTRINSICS
@@ -2297,12 +1852,12 @@ Frame Time: 0.04
 
 
 @pytest.mark.parametrize("text", [
-    BVH_TINY, "\ufeff" + BVH_TINY.replace("\n", "\r\n"), BVH_TINY.replace("\n", "\n\n"),
-    BVH_TINY.replace("ROOT", "root").replace("JOINT", "Joint").replace("End Site", "END SITE"),
-    BVH_TINY.replace("{\n", "{ ").replace("\n  }", " }").replace("Frames", "FRAMES"),
-    BVH_TINY.replace("Site\n    {\n      OFFSET 0.25 0.5 0\n    }", "Site { OFFSET 0.25 0.5 0 }"),
-    BVH_TINY.replace("\n{\n", " {\n").replace("90", "9.0e1").replace(" 0", "\t+0")])
-def test_bvh_by_hand_and_odd_but_legal(tmp_path, text):
+    BVH_TINY,
+    "\ufeff" + BVH_TINY.replace(" 0", "\t+0").replace("\n", "\r\n"),
+    BVH_TINY.replace("ROOT", "root").replace("Frames", "FRAMES").replace("\n", "\n\n"),
+    BVH_TINY.replace("{\n", "{ ").replace("\n  }", " }").replace("90", "9.0e1"),
+    BVH_TINY + "7 " * 10])  # one row more than its header counts
+def test_bvh_by_hand_and_odd_but_legal(text, tmp_path, capsys):
     (tmp_path / "tiny.bvh").write_bytes(text.encode())
     names, positions, fps = data.read_bvh(tmp_path / "tiny.bvh")
     assert names == ("Hips", "Chest", "Chest_end") and fps == pytest.approx(25)
@@ -2310,6 +1865,8 @@ def test_bvh_by_hand_and_odd_but_legal(tmp_path, text):
     # 90 degrees about z: up is -x; the Yposition of Chest replaces its OFFSET; its 90 about x
     # turns (.25, .5, 0) to (.25, 0, .5)
     assert_allclose(positions[1], [[10, 20, 30], [8, 20, 30], [8, 20.25, 30.5]], atol=1e-12)
+    noted = "3 frames where its header says 2" in capsys.readouterr().out
+    assert len(positions) == 2 and noted == ("7" in text)
 
 
 def plain_turn(axis, degrees):
@@ -2338,17 +1895,17 @@ def plain_positions(joint, row, rotation=np.eye(3), origin=np.zeros(3)):
     return [place, *(point for points in below for point in points)]
 
 
+CHANNELS = [axis + kind for axis in "XYZ" for kind in ("rotation", "position")]
+
+
 @st.composite
 def bvh_skeletons(draw, depth=0):
-    def shuffled(kind, least):
-        axes = draw(st.permutations(["X", "Y", "Z"]))[:draw(st.integers(least, 3))]
-        return [axis + kind for axis in axes]
-    place = st.lists(st.integers(-9, 9), min_size=3, max_size=3)
-    channels = draw(st.permutations(shuffled("rotation", 1) + shuffled("position", 0)))
+    places = st.lists(st.integers(-9, 9), min_size=3, max_size=3)
+    channels = st.lists(st.sampled_from(CHANNELS), min_size=1, unique=True)
     below = draw(st.integers(0, 2)) if depth < 2 else 0
     children = [draw(bvh_skeletons(depth + 1)) for _ in range(below)]
     name = f"j{draw(st.integers(0, 10 ** 9))}"
-    return [name, draw(place), channels, children or [tuple(draw(place))]]
+    return [name, draw(places), draw(channels), children or [tuple(draw(places))]]
 
 
 @given(bvh_skeletons(), st.integers(0, 99),
@@ -2365,80 +1922,66 @@ def test_bvh_of_any_channels_against_a_plain_loop(tmp_path_factory, skeleton, se
         assert_allclose(positions[frame], plain_positions(skeleton, row), atol=1e-5)
 
 
-@pytest.mark.parametrize("old, new, names", [
-    ("2 0 90\n", "2", ["frame 1", "channels"]), ("10 20 30 90 0 0  0 2 0 90\n", "", ["truncated"]),
-    (BVH_TINY[BVH_TINY.index("MOTION"):], "", ["MOTION"]),
-    (BVH_TINY, "", ["not a BVH file"]), (BVH_TINY, "\x89PNG\r\n\x1a\n", ["line 1"]),
-    ("10 20", "ten 20", ["not a number"]), ("Frames: 2", "Frames: 1000000000000", ["2 frames"]),
-    ("10 20", "nan 20", ["frame 1", "NaN"]),
-    ("0 90\n", "0 90\n" + "1 " * 10 + "\n" + "2 " * 10, ["4 frames", "says 2"]),
-    ("Frames: 2", "Frames: x", ["Frames: x"]), ("Frame Time: 0.04", "0.04 0", ["Frame Time:"]),
-    ("Frame Time: 0.04", "Frame Time: 0", ["above 0"]), ("CHANNELS 4", "CHANNELS 5", ["line 9"]),
-    ("OFFSET 0 1.5 0", "OFFSET 0 1.5", ["line 8"]), ("Yposition Zrot", "Yscale Zrot", ["line 9"]),
-    ("OFFSET 0 1.5 0", "OFFSET 0 inf 0", ["line 8"])])
-def test_bvh_bad_files_are_one_line(tmp_path, old, new, names):
+@pytest.mark.parametrize("old, new, name", [
+    ("2 0 90\n", "2", "10 channels"), ("  0 2 0 90", "\n0 2 0 90", "10 channels"),
+    ("10 20 30 90 0 0  0 2 0 90\n", "", "truncated"),
+    (BVH_TINY[BVH_TINY.index("MOTION"):], "", "MOTION"),
+    (BVH_TINY, "\x89PNG\r\n\x1a\n", "line 1"),
+    ("10 20", "ten 20", "not a number"),
+    ("10 20", "10 nan", "frame 1"),
+    ("Frames: 2", "Frames: 1000000000000", "2 frames"),
+    ("CHANNELS 4", "CHANNELS 5", "line 9")])
+def test_bvh_bad_files_are_one_line(tmp_path, old, new, name):
     path = tmp_path / "bad.bvh"
-    assert old in BVH_TINY
     path.write_text(BVH_TINY.replace(old, new))
-    rejected([path, *names], data.read_bvh, path)
+    rejected([path, name], data.read_bvh, path)
 
 
 # ---- BVH clips to training pairs
 
-def write_clips(folder, names=bandai_names(), change=str, seconds=0.05, **options):
-    """Two people's clips, a.bvh and b.bvh; `change`: what is done to their text."""
+def write_clips(folder, names=bandai_names(), z_up=False, seconds=0.05, **options):
+    """Two people's clips, a.bvh and b.bvh, y up or the whole turned."""
     folder.mkdir(exist_ok=True)
     for seed, name in enumerate("ab"):
-        text = write_bvh(*person(names, seed, **options), seconds=seconds)
-        (folder / f"{name}.bvh").write_text(change(text))
-
-
-def test_a_bvh_row_more_than_the_header_counts_is_left_out_and_noted(tmp_path):
-    write_clips(tmp_path)
-    path = tmp_path / "a.bvh"
-    path.write_text(path.read_text().replace("Frames:\t6", "Frames:\t5"))
-    assert len(data.read_bvh(path)[1]) == 5
-    status, out, err = command("data.py", "bvh", tmp_path, "--out", tmp_path, "--test", "^b")
-    assert status == 0 and not err and "training 1 clips, 5 frames, test 1 clips, 6 frames" in out
-    assert "a.bvh: 6 frames where its header says 5" in out.splitlines()[0]
-
-
-BANDAI_ORDER = ["Hips", "UpperLeg_R", "LowerLeg_R", "Foot_R", "UpperLeg_L", "LowerLeg_L", "Foot_L",
-                "Chest", "Neck", "Head", None, "UpperArm_L", "LowerArm_L", "Hand_L", "UpperArm_R",
-                "LowerArm_R", "Hand_R"]
+        skeleton, values = person(names, seed, **options)
+        if z_up:
+            skeleton = ["World", (0, 0, 0), ["Xrotation"], [skeleton]]
+            values = np.insert(values, 0, 90, axis=1)
+        text = write_bvh(skeleton, values, seconds=seconds)
+        (folder / f"{name}.bvh").write_text(text)
 
 
 def open_benchmark_by_hand(path, rig):
     """(T, 17, 3) in a camera's frame, frame by frame, as the benchmark's description says."""
     names, raw, _ = data.read_bvh(path)
     joints = {name: raw[:, j] for j, name in enumerate(names)}
-    bones = [(f"{a}_{side}", f"{b}_{side}") for side in "LR"
-             for a, b in (("UpperLeg", "LowerLeg"), ("LowerLeg", "Foot"))]
-    leg = np.mean([2 * math.dist(joints[a][0], joints[b][0]) for a, b in bones])
+    leg = 0
+    bones = "UpperLeg", "LowerLeg", "Foot"
+    for side in "LR":
+        hip, knee, ankle = (joints[f"{bone}_{side}"][0] for bone in bones)
+        leg += (math.dist(hip, knee) + math.dist(knee, ankle)) / 2
     joints = {name: places * 0.9 / leg for name, places in joints.items()}
     joints[None] = 2 * joints["Head"] - joints["Neck"]
+    order = [bandai_names().get(ours) for ours in H17.joints]  # the head: None
     pelvis = joints["Hips"] - joints["Hips"].mean(0)
     assert np.abs(pelvis)[:, 0].max() > 1.5  # the clamp has work to do
     poses = []
     for t in range(len(raw)):
         shift = [min(max(pelvis[t, k], -1.5), 1.5) - joints["Hips"][t, k] for k in (0, 2)]
-        pose = [(x + shift[0], -(z + shift[1]), y)
-                for x, y, z in (joints[name][t] for name in BANDAI_ORDER)]
+        places = (joints[name][t] for name in order)
+        pose = [(x + shift[0], -(z + shift[1]), y) for x, y, z in places]
         poses.append(plain_camera(np.array(pose), rig))
     return np.array(poses)
 
 
 def test_the_bvh_command_follows_the_open_benchmark(bvh_folder, tmp_path):
     out = tmp_path / "out"
-    words = ["bvh", bvh_folder, "--out", out, "--name", "mine", "--test", "_old_"]
-    status, said, err = command("data.py", *words)
+    with mock.patch.object(data, "OPEN_BENCHMARK", (8, 54, 14)):
+        other = data.convert_bvh(bvh_folder, tmp_path, test="_old_", scale=0.01)
+        words = ["bvh", bvh_folder, "--out", out, "--name", "mine", "--test", "_old_"]
+        status, said, err = command("data.py", *words)
     assert status == 0 and not err
     assert "training 6 clips, 54 frames, test 2 clips, 14 frames" in said
-    assert sorted(os.listdir(out)) == ["data_2d_mine_gt.npz", "data_3d_mine.npz"]
-    for name in os.listdir(out):  # plain arrays
-        with np.load(out / name, allow_pickle=False) as archive:
-            assert str(archive["made_by"]) == data.MADE_BY
-            assert all(archive[key].dtype.kind != "O" for key in archive)
     clips = sorted(bvh_folder.iterdir())
     for split in ("train", "test"):
         sequences = data.load_mocap(out, "mine", split=split)
@@ -2452,180 +1995,87 @@ def test_the_bvh_command_follows_the_open_benchmark(bvh_folder, tmp_path):
             assert_allclose(s.root, pose[:, 0], atol=1e-5)
             assert_allclose(s.pose_2d, data.project(pose, data.H36M_INTRINSICS[c]), atol=1e-3)
             assert s.fps == pytest.approx(20) and s.size == data.H36M_SIZES[c]
-            assert_allclose(s.intrinsics, data.H36M_INTRINSICS[c], rtol=1e-6)
-        assert data.provenance(sequences).startswith("8 BVH clips")
     assert {(s.subject, s.action) for s in sequences} == {("Sold", "bow 001"), ("Sold", "walk 001")}
-
-
-@pytest.mark.parametrize("options, named", [({}, True), (dict(scale=0.01), False)])
-def test_the_open_benchmark_is_named_only_for_its_own_options(
-        options, named, bvh_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "OPEN_BENCHMARK", (8, 54, 14))
-    said = data.convert_bvh(bvh_folder, tmp_path, test="_old_", **options)
-    assert said.startswith("open mocap benchmark") == named
+    assert data.provenance(sequences).startswith("open mocap benchmark")
+    assert other.startswith("8 BVH clips")  # by another scale
 
 
 def sided_names(trunk, limbs, prefix=""):
-    parts = "hip knee ankle shoulder elbow wrist collar".split()
     names = dict(zip(("pelvis", "spine", "thorax", "neck"), trunk.split()))
-    for side in ("left", "right"):
-        both = zip(parts, limbs.split(), strict=True)
-        names |= {f"{side}_{ours}": side.capitalize() + theirs for ours, theirs in both}
+    parts = "hip knee ankle shoulder elbow wrist collar".split()
+    for part, theirs in zip(parts, limbs.split(), strict=True):
+        for side in ("left", "right"):
+            names[f"{side}_{part}"] = side.capitalize() + theirs
     return {ours: prefix + name for ours, name in names.items()}
-
-
-LIMBS = "UpLeg Leg Foot Arm ForeArm Hand Shoulder"
-CONVENTIONS = {
-    "bandai": bandai_names(), "motionbuilder": sided_names("Hips Spine1 Neck1 Head", LIMBS),
-    "3dsmax": sided_names("Hips Chest2 Neck Head", "Hip Knee Ankle Shoulder Elbow Wrist Collar"),
-    "mixamo": sided_names("Hips Spine1 Neck Head", LIMBS, "mixamorig:")}
 
 
 def distances(pose):
     return np.linalg.norm(pose[:, :, None] - pose[:, None], axis=-1)
 
 
-@pytest.mark.parametrize("convention, end", [
-    *((name, (0, 12, 0)) for name in CONVENTIONS), ("mixamo", (0, 0, 0)), ("3dsmax", (0, 0.01, 0))])
-def test_bvh_conventions(convention, end, tmp_path):
-    names = CONVENTIONS[convention]
-    write_clips(tmp_path, names, end=end)
+LIMBS = "UpLeg Leg Foot Arm ForeArm Hand Shoulder"
+MAX_LIMBS = "Hip Knee Ankle Shoulder Elbow Wrist Collar"
+
+
+@pytest.mark.parametrize("names, end", [
+    (bandai_names(), 12),
+    (sided_names("Hips Spine1 Neck1 Head", LIMBS), 12),
+    (sided_names("Hips Spine1 Neck Head", LIMBS, "mixamorig:"), 12),
+    (sided_names("Hips Spine1 Neck Head", LIMBS), 0),
+    (sided_names("Hips Chest2 Neck Head", MAX_LIMBS), 0.01),
+], ids=["bandai", "motionbuilder", "mixamo", "lafan1", "3dsmax"])
+def test_bvh_conventions(names, end, tmp_path):
+    write_clips(tmp_path, names, end=(0, end, 0))
+    (tmp_path / "a.bvh").rename(tmp_path / "walk1_subject1.bvh")  # as LAFAN1's are named
     data.convert_bvh(tmp_path, tmp_path, "one", "^b")
+    walk = data.load_mocap(tmp_path, "one")[0]
+    assert walk.action == "walk1_subject1"
     found, raw, _ = data.read_bvh(tmp_path / "b.bvh")
     places = {ours: raw[:, found.index(theirs)] for ours, theirs in names.items()}
     places["head"] = raw[:, found.index(names["neck"] + "_end")]
-    if convention == "bandai" or end[1] < 1:  # whose end sites mean nothing, or are the head itself
+    if "UpperLeg_L" in found or end < 1:  # Bandai's end sites mean nothing; or it is the head's
         places["head"] = 2 * places["neck"] - places["thorax"]
     theirs = distances(np.stack([places[joint] for joint in H17.joints], 1))
     ours = distances(data.load_mocap(tmp_path, "one", split="test")[0].pose_3d)
     assert_allclose(ours, theirs * (ours[0, 11, 12] / theirs[0, 11, 12]), atol=1e-4)
 
 
-LAFAN1 = """Hips LeftUpLeg LeftLeg LeftFoot LeftToe RightUpLeg RightLeg RightFoot RightToe
-    Spine Spine1 Spine2 Neck Head LeftShoulder LeftArm LeftForeArm LeftHand RightShoulder
-    RightArm RightForeArm RightHand""".split()
-
-
-def lafan1():
-    """A BVH text with the joints, order and channels of a LAFAN1 file; the offsets are ours."""
-    turns = ["Zrotation", "Yrotation", "Xrotation"]
-
-    def chain(names, offset, *more):
-        """Joints one below the other, each 20 along x of the last; `more` below the last."""
-        below = list(more) or [(0, 0, 0)]
-        for name in reversed(names[1:]):
-            below = [[name, (20, 0, 0), turns, below]]
-        return [names[0], offset, turns, below]
-    arms = [chain(LAFAN1[a:a + 4], (18, x, 5)) for a, x in ((14, 1), (18, -1))]
-    legs = [chain(LAFAN1[a:a + 4], (0.1, x, 10)) for a, x in ((1, 1), (5, -1))]
-    spine = chain(LAFAN1[9:12], (7, 0, 0), chain(LAFAN1[12:14], (25, 0, 0)), *arms)
-    values = np.random.default_rng(0).uniform(-5, 5, (4, 3 + 3 * len(LAFAN1)))
-    values[:, [1, 3]] += 90  # up; the trunk's x is up
-    values[:, [6, 18]] += 180  # a leg's x is down
-    channels = ["Xposition", "Yposition", "Zposition", *turns]
-    return write_bvh(["Hips", (0, 0, 0), channels, [*legs, spine]], values, seconds=1 / 30)
-
-
-def test_a_lafan1_file_has_a_head(tmp_path):
-    for name in ("walk1_subject1", "dance2_subject5"):
-        (tmp_path / f"{name}.bvh").write_text(lafan1())
-    names, _, fps = data.read_bvh(tmp_path / "walk1_subject1.bvh")
-    assert [name for name in names if not name.endswith("_end")] == LAFAN1
-    assert fps == pytest.approx(30)
-    data.convert_bvh(tmp_path, tmp_path, test="subject5")
-    s = data.load_mocap(tmp_path)[0]
-    assert (s.subject, s.action) == ("subject1", "walk 1")
-    assert_allclose(*np.diff(s.pose_3d[:, 8:11], axis=1).swapaxes(0, 1), atol=1e-6)
-    assert min(distances(s.pose_3d)[:, a, b].min() for a, b in H17.edges) > 0.02
-
-
 @pytest.mark.parametrize("joint, mapping, bones", [
-    ("Head", {}, ["thorax", "neck"]), ("LowerArm_L", {}, ["left_shoulder", "left_elbow"]),
-    ("UpperLeg_L", {}, ["pelvis", "left_hip"]), ("", {"spine": "Hips"}, ["pelvis", "spine"]),
-    ("", {"left_knee": "LowerLeg_R"}, ["left_knee", "right_knee"]),
-    ("", {"head": "Head"}, [])])
+    ("LowerArm_L", {}, ["left_shoulder", "left_elbow"]),
+    ("nobody", {"left_knee": "LowerLeg_R"}, ["left_knee", "right_knee"])])
 def test_bones_without_length_are_named(joint, mapping, bones, tmp_path):
-    def without_length(text):
-        return re.sub(rf"({joint}\s+{{\s+OFFSET) .*", r"\1 0 0 0", text) if joint else text
-    write_clips(tmp_path, change=without_length)
-    (tmp_path / "map.json").write_text(json.dumps(mapping))
-    words = ["bvh", tmp_path, "--test", "^b", "--map", tmp_path / "map.json", "--out", tmp_path]
-    if bones:
-        refused("data.py", *words, names=["a.bvh", "length", *bones])
-    else:  # a head on the neck: the fallback is taken
-        assert command("data.py", *words)[0] == 0
-        assert distances(data.load_mocap(tmp_path)[0].pose_3d)[:, 9, 10].min() > 0.02
+    write_clips(tmp_path)
+    path = tmp_path / "a.bvh"
+    text = re.sub(rf"({joint}\s+{{\s+OFFSET) .*", r"\1 0 0 0", path.read_text())
+    path.write_text(text)
+    names = ["a.bvh", "length", *bones]
+    rejected(names, data.convert_bvh, tmp_path, tmp_path, test="^b", mapping=mapping)
 
 
-def several_people(prefixes, scene=False, horse=False):
-    """A BVH text with two skeletons; the horse has no arms, and a neck."""
-    people, values = [], []
-    for seed, prefix in enumerate(prefixes):
-        skeleton, rows = person({k: prefix + name for k, name in bandai_names().items()}, seed)
-        if horse and seed:
-            trunk = skeleton[3][0]
-            trunk[3], rows = trunk[3][2:], rows[:, :6 + 3 + 6 + 18]
-        people.append(skeleton)
-        values.append(rows)
-    values = np.concatenate(values, 1)
-    if scene:
-        return write_bvh(["Scene", (0, 0, 0), [], people], values)
-    first, second = (write_bvh(skeleton, values).partition("MOTION") for skeleton in people)
-    return first[0] + second[0].removeprefix("HIERARCHY\n") + first[1] + first[2]
+def test_several_skeletons_in_one_file_are_refused(tmp_path):
+    write_clips(tmp_path)
+    skeleton, values = person(bandai_names())
+    scene = write_bvh(["Scene", (0, 0, 0), [], [skeleton, skeleton]], np.tile(values, 2))
+    roots = scene.replace("ROOT Scene\n{\nOFFSET 0 0 0\nCHANNELS 0\n", "")
+    roots = roots.replace("JOINT Hips", "ROOT Hips").replace("}\nMOTION", "MOTION")
+    for text in (scene, roots):
+        (tmp_path / "a.bvh").write_text(text)
+        rejected(["a.bvh", "skeletons"], data.convert_bvh, tmp_path, tmp_path, test="^b")
 
 
-@pytest.mark.parametrize("people, chooses", [
-    (dict(prefixes=("", "")), []), (dict(prefixes=("", ""), scene=True), []),
-    (dict(prefixes=("", "H_"), horse=True), ["Hips"]),
-    (dict(prefixes=("A:", "B:"), scene=True), ["B", "B:", "B:Hips"])])
-def test_more_than_one_skeleton_is_refused_or_chosen(people, chooses, tmp_path):
-    for clip in "ab":
-        (tmp_path / f"{clip}.bvh").write_text(several_people(**people))
-    words = ["bvh", tmp_path, "--out", tmp_path, "--test", "^b"]
-    refused("data.py", *words, names=["a.bvh", "skeleton", "--person", "Hips"])
-    for name in ("Nobody", *(["Hips"] if not chooses else [])):
-        refused("data.py", *words, "--person", name, names=["a.bvh", "--person"])
-    names, raw, _ = data.read_bvh(tmp_path / "a.bvh")
-    for name in chooses:
-        assert command("data.py", *words, "--person", name)[0] == 0
-        s, prefix = data.load_mocap(tmp_path)[0], "" if "horse" in people else "B:"
-        theirs = [raw[:, names.index(prefix + joint)] for joint in BANDAI_ORDER if joint]
-        theirs, ours = distances(np.stack(theirs, 1)), distances(np.delete(s.pose_3d, 10, 1))
-        assert_allclose(ours, theirs * (ours[0, 1, 2] / theirs[0, 1, 2]), atol=1e-4)
-
-
-def test_people_with_names_of_their_own_are_not_mixed(tmp_path):
-    for clip in "ab":
-        text = several_people(("", ""), scene=True)
-        (tmp_path / f"{clip}.bvh").write_text(re.sub("JOINT ", "JOINT my_", text))
-    mapping = {ours: f"my_{name}" for ours, name in bandai_names().items() if ours in H17.joints}
-    (tmp_path / "map.json").write_text(json.dumps(mapping))
-    words = ["bvh", tmp_path, "--test", "^b", "--map", tmp_path / "map.json", "--out", tmp_path]
-    refused("data.py", *words, names=["a.bvh", "skeletons", "my_Hips"])
-
-
-def z_up(text):
-    """A BVH text of a person y up, the whole turned so that z is up: one root more."""
-    root = "ROOT World\n{\nOFFSET 0 0 0\nCHANNELS 1 Xrotation\nJOINT Hips"
-    text = text.replace("ROOT Hips", root).replace("MOTION", "}\nMOTION")
-    head, _, rows = text.rpartition("Frame Time: 0.05\n")
-    return head + "Frame Time: 0.05\n" + "".join(f"90 {row}\n" for row in rows.splitlines())
-
-
-def test_the_wrong_axis_is_noticed(tmp_path):
+def test_the_wrong_axis_is_noticed(tmp_path, capsys):
     write_clips(tmp_path / "y", frames=60)
-    write_clips(tmp_path / "z", frames=60, change=z_up)
+    write_clips(tmp_path / "z", frames=60, z_up=True)
     poses = []
     for up, other in ("yz", "zy"):
-        words = ["bvh", tmp_path / up, "--out", tmp_path, "--test", "^b"]
-        refused("data.py", *words, "--up", other, names=[".bvh", "head", f"--up {up}"])
-        assert command("data.py", *words, "--up", up)[0] == 0
+        convert = functools.partial(data.convert_bvh, tmp_path / up, tmp_path, test="^b")
+        rejected([".bvh", "head", f"--up {up}"], convert, up=other)
+        convert(up=up)
         poses.append(data.load_mocap(tmp_path)[0].pose_3d)
     assert_allclose(*poses, atol=1e-5)
-    (tmp_path / "y" / "crawl.bvh").write_text((tmp_path / "z" / "a.bvh").read_text())
-    words = ["bvh", tmp_path / "y", "--out", tmp_path, "--test", "^b"]
-    status, out, err = command("data.py", *words)  # someone who really lies: a warning
-    assert status == 0 and err.count("\n") == 1 and "crawl.bvh" in err and "2 clips" in out
+    (tmp_path / "z" / "a.bvh").rename(tmp_path / "y" / "crawl.bvh")
+    data.convert_bvh(tmp_path / "y", tmp_path, test="^b")  # someone who really lies: a warning
+    assert "crawl.bvh" in capsys.readouterr().err
 
 
 def test_mapping_scale_rates_and_skipped_frames(tmp_path):
@@ -2635,125 +2085,77 @@ def test_mapping_scale_rates_and_skipped_frames(tmp_path):
     (clips / "._a.bvh").write_bytes(b"\0\5\x16\7")  # what macOS leaves in archives
     words = ["bvh", clips, "--out", tmp_path, "--test", "^b"]
     refused("data.py", *words, names=["a.bvh", "--map"])
-    assert not list(tmp_path.glob("*.npz"))
-    mapping = {ours: name for ours, name in names.items() if "collar" not in ours}
+    mapping = {ours: name for ours, name in names.items() if ours in H17.joints}
     (tmp_path / "map.json").write_text(json.dumps(mapping))
-    words += ["--map", tmp_path / "map.json", "--scale", "0.01", "--recorded-fps", "20"]
+    words += ["--map", tmp_path / "map.json", "--scale", "0.01"]
+    words += ["--recorded-fps", "20", "--fps", "10", "--skip", "2"]
+    assert command("data.py", *words)[0] == 0
+    s = data.load_mocap(tmp_path, split="test")[2]
+    assert s.fps == 10
+    points = s.pose_3d + s.root[:, None].astype(float)
+    world = data.camera_to_world(points, data.H36M_EXTRINSICS["S5"][2])
     found, raw, _ = data.read_bvh(clips / "b.bvh")
-    raw = np.stack((raw[..., 0], -raw[..., 2], raw[..., 1]), -1) * 0.01
-    for more, fps, rows in (["--skip", "2", "--fps", "10"], 10, raw[2::2]), ([], 20, raw):
-        assert command("data.py", *words, *more)[0] == 0
-        s = data.load_mocap(tmp_path, split="test")[2]
-        assert s.fps == fps and len(s.pose_3d) == len(rows)
-        points = s.pose_3d + s.root[:, None].astype(float)
-        world = data.camera_to_world(points, data.H36M_EXTRINSICS["S5"][2])
-        pelvis, knee = (rows[:, found.index(names[joint])] for joint in ("pelvis", "left_knee"))
-        assert_allclose(world[:, 5] - world[:, 0], knee - pelvis, atol=1e-5)
-        clamped = np.clip(pelvis - pelvis.mean(0), -1.5, 1.5)
-        clamped[:, 2] = pelvis[:, 2]
-        assert_allclose(world[:, 0], clamped, atol=1e-5)
-        assert np.abs(clamped[:, :2]).max() == 1.5
+    pelvis, knee = (raw[2::2, found.index(names[joint])] for joint in ("pelvis", "left_knee"))
+    x, y, z = 0.01 * (knee - pelvis).T
+    assert_allclose(world[:, 5] - world[:, 0], np.stack((x, -z, y), 1), atol=1e-5)
 
 
-@pytest.mark.parametrize("words, names", [
-    ("", "folder"), ("CLIPS", "--test"), ("FOLDER/empty --test a", "no BVH files"),
-    ("FOLDER/none --test a", "no such folder"), ("CLIPS --test=", "--test"),
-    *((f"CLIPS --test old {option}", option.split()[0]) for option in (
-        "--test nothing", "--test bvh", "--test (old", "--scale big", "--scale -1", "--scale nan",
-        "--scale 1", "--scale 1e-5", "--fps 0", "--fps fast", "--recorded-fps 2000", "--skip -1",
-        "--skip 1.5", "--skip 7", "--up x", "--volume 1", "--name a/b", "--map FOLDER/tail.json")),
-    *((f"CLIPS --test old --map FOLDER/{name}", name) for name in ("list.json", "none", "text")),
-    ("CLIPS --test old --map FOLDER/nose.json", "Nose"),
-    ("CLIPS --test old --fps fast", "fast: expected a number above 0"),
-    ("CLIPS --test old --out FOLDER/text/x", "text/x")])
-def test_bvh_command_bad_input(words, names, bvh_folder, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text").write_text("{")
-    for name, value in (("list", [1]), ("tail", {"tail": "Hips"}), ("nose", {"head": "Nose"})):
-        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+@pytest.mark.parametrize("words, name", [
+    ("CLIPS", "--test"),
+    ("FOLDER --test a", "0 BVH files"),
+    ("CLIPS --test nothing", "fits 0"),
+    ("CLIPS --test old --scale 1", "--scale"),
+    ("CLIPS --test old --fps -1", "--fps"),
+    ("CLIPS --test old --map FOLDER/tail.json", "tail.json"),
+    ("CLIPS --test old --out FOLDER/tail.json/x", "tail.json/x")])
+def test_bvh_command_bad_input(words, name, bvh_folder, tmp_path):
+    (tmp_path / "tail.json").write_text('{"tail": "Hips"}')
     words = words.replace("FOLDER", str(tmp_path)).replace("CLIPS", str(bvh_folder)).split()
-    before = sorted(os.listdir(tmp_path))
-    refused("data.py", "bvh", "--out", tmp_path / "out", *words, names=names)
-    assert sorted(os.listdir(tmp_path)) == before
+    refused("data.py", "bvh", "--out", tmp_path / "out", *words, names=name)
+    assert os.listdir(tmp_path) == ["tail.json"]
 
 
 def test_mocap_files_that_disagree(bvh_folder, tmp_path):
     data.convert_bvh(bvh_folder, tmp_path, "mocap", "old")
     path = tmp_path / "data_2d_mocap_gt.npz"
     image = data.read_npz(path)
-    wide = np.pad(image["positions_2d"], [(0, 0)] * 3 + [(0, 1)])
-    np.savez(tmp_path / "data_2d_mocap_cpn.npz", **{**image, "positions_2d": wide})
-    cpn, gt = data.load_mocap(tmp_path, keypoints="cpn"), data.load_mocap(tmp_path)
-    for a, b in zip(cpn, gt, strict=True):  # the confidence is cut off
-        assert_array_equal(a.pose_2d, b.pose_2d)
-    rejected("validation", data.load_mocap, tmp_path, split="validation")
-    rejected("data_2d_mocap_x.npz: not found", data.load_mocap, tmp_path, keypoints="x")
     for key, changed in (("positions_2d", np.s_[:, :-1]), ("clips", np.s_[::-1])):
         np.savez(path, **{**image, key: image[key][changed]})
         rejected([path.name, "clips"], data.load_mocap, tmp_path)
-    np.savez(path, clips=image["clips"])
-    rejected([path], data.load_mocap, tmp_path)
 
 
 # ---- synthetic motion
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_synthetic_motion_is_neither_trivial_nor_noise(seed, synthetic):
-    import eval as evaluation
-    sequences = synthetic if seed == 0 else data.synthesize(seed)
-    for held_out in (("S9", "S11"), ("S6",)):
-        stores = [FrameStore([s for s in sequences if (s.subject in held_out) == test],
-                             "release-500", H17) for test in (False, True)]
-        found = evaluation.yardsticks(*stores)
-        assert found["mean_pose"] > 120 and 40 < found["affine"] < 90, (held_out, found)
-
-
 def test_synthetic_motion_is_a_function_of_its_seed(synthetic):
+    again = data.synthesize(0, subjects=("S1", "S5"))
     some = [s for s in synthetic if s.subject in ("S1", "S5")]
-    for a, b in zip(data.synthesize(0, subjects=("S1", "S5")), some, strict=True):
-        assert a.action == b.action
-        assert np.array_equal(a.pose_2d, b.pose_2d) and np.array_equal(a.pose_3d, b.pose_3d)
-    assert not np.array_equal(data.synthesize(1, subjects=1)[0].pose_3d, synthetic[0].pose_3d)
-    assert {s.action.split()[0] for s in synthetic} == set(data.MOTIONS)
-    made = data.synthesize(0, subjects=3, motions=("walk",), frames=9)
-    assert len({s.subject for s in made}) == 3
+    for a, b in zip(again, some, strict=True):
+        assert_array_equal(a.pose_2d, b.pose_2d)
+        assert_array_equal(a.pose_3d, b.pose_3d)
+    other = data.synthesize(1, subjects=1)[0]
+    assert not np.array_equal(other.pose_3d, synthetic[0].pose_3d)
     # the embedded default's very numbers: weights trained on it depend on them
     head = data.synthesize(0, subjects=1, motions=("walk",), frames=3)[0].pose_3d[2, 10]
     assert_allclose(head, (0.01972253, -0.71966143, -0.15120386), atol=1e-6)
 
 
 def world_of(s):
-    extrinsics = data.H36M_EXTRINSICS[s.subject][data.H36M_CAMERAS.index(s.camera)]
-    return data.camera_to_world(s.pose_3d + s.root[:, None].astype(float), extrinsics)
+    return data.camera_to_world(s.pose_3d + s.root[:, None].astype(float), s.extrinsics)
 
 
 def test_synthetic_motion_is_anatomical_and_smooth(synthetic):
-    lengths = {}
+    lengths, (parents, children) = {}, np.array(H17.edges).T
     for s in synthetic:
-        world, (parents, children) = world_of(s), np.array(H17.edges).T
+        world = world_of(s)
         bones = distances(s.pose_3d)[:, children, parents]
         assert np.abs(bones - lengths.setdefault(s.subject, bones[0])).max() < 1e-5
-        assert 0.7 < bones[0, 1] + bones[0, 2] < 1.1
         assert np.linalg.norm(np.diff(world, axis=0), axis=-1).max() * s.fps < 12  # m/s
-        assert np.abs(np.diff(world, 2, axis=0)).max() < 0.1  # no jumps
         assert -0.1 < world[:, [3, 6], 2].min() and world[..., 2].max() < 2.6
-        thigh, shank = world[:, [1, 4]] - world[:, [2, 5]], world[:, [3, 6]] - world[:, [2, 5]]
-        cosine = (thigh * shank).sum(-1)
-        cosine /= np.linalg.norm(thigh, axis=-1) * np.linalg.norm(shank, axis=-1)
-        assert cosine.max() < math.cos(math.radians(38))  # a knee bends 140 degrees at most
         side = world[:, 4] - world[:, 1]  # from right to left hip
         bend = np.cross(world[:, 3] - world[:, 2], world[:, 2] - world[:, 1])
         assert ((bend * side).sum(-1) < 0.02).all(), "a knee bent forwards"
-        if s.action == "walk 1":  # forwards, one foot after the other
-            forward = np.cross(side, world[:, 8] - world[:, 0])
-            assert (forward[1:] * np.diff(world[:, 0], axis=0)).sum() > 0
-            right, left = (((world[:, j] - world[:, 0]) * forward).sum(-1) for j in (3, 6))
-            assert np.corrcoef(right, left)[0, 1] < 0
         points = (s.pose_3d + s.root[:, None])[0].astype(float)
         assert_allclose(s.pose_2d[0], data.project(points, s.intrinsics), atol=1e-2)
-    subjects = list(lengths.values())
-    assert len(subjects) == 7
-    assert all(np.abs(a - b).max() > 0.005 for i, a in enumerate(subjects) for b in subjects[:i])
 
 
 # ---- published datasets, on files of their layouts
@@ -2768,55 +2170,37 @@ def miniature():
 def test_h36m_layout(miniature, tmp_path):
     def write(kind, **values):
         write_objects(tmp_path / f"data_{kind}.npz", **values)
+    views = views_of(miniature)
     write("3d_h36m", positions_3d=miniature)
     projected = data.load_h36m(tmp_path)  # no file of 2D: through the cameras
-    write("2d_h36m_gt", positions_2d=views_of(miniature, confidence=False), metadata=META)
+    write("2d_h36m_gt", positions_2d=views, metadata=META)
     gt, wide = data.load_h36m(tmp_path), data.load_h36m(tmp_path, joints=32)
     assert len(gt) == 5 * 5 * 4 and {s.fps for s in gt} == {50}
     for a, b, c in zip(gt, projected, wide, strict=True):  # 32 joints: projected
         assert_allclose(a.pose_2d, b.pose_2d, atol=1e-3)
         assert_allclose(a.pose_2d, c.pose_2d[:, data.H36M_17_OF_32], atol=1e-3)
         assert c.pose_3d.shape == (8, 32, 3)
-    write("2d_h36m_cpn", positions_2d=views_of(miniature))
-    cpn = data.load_h36m(tmp_path, "cpn", ("S9", "S1"))
-    assert [s.subject for s in cpn] == ["S9"] * 20 + ["S1"] * 20
-    rejected("17 joints, 3D has 32", data.load_h36m, tmp_path, "cpn", joints=32)
+    write("2d_h36m_cpn", positions_2d=views)
+    assert len(data.load_h36m(tmp_path, "cpn", ("S9", "S1"))) == 2 * 5 * 4
+    rejected("(8, 17) in 2D, (8, 32) in 3D", data.load_h36m, tmp_path, "cpn", joints=32)
+    write("2d_h36m_cpn", positions_2d=views, metadata={**META, "layout_name": "coco"})
+    rejected(["data_2d_h36m_cpn.npz", "COCO"], data.load_h36m, tmp_path, "cpn")
     assert data.provenance(gt) == "files in Human3.6M layout (not Human3.6M: 800 frames)"
     write("3d_h36m", positions_3d=miniature, made_by=data.MADE_BY)
     assert "made by this project" in data.provenance(data.load_h36m(tmp_path))
 
 
-def cut(index):
-    """A change of a 2D file: S5 Directions cut."""
-    def change(image):
-        image["S5"]["Directions"] = [view[index] for view in image["S5"]["Directions"]]
-    return change
-
-
-@pytest.mark.parametrize("change, names", [
-    (lambda image: image.pop("S6"), ["S6 "]),
-    (lambda image: image["S6"].pop("Directions"), ["S6 Directions"]),
-    (lambda image: image.update(S6=[1]), ["S6 "]),
-    (lambda image: image["S7"]["Directions"].pop(), ["S7 Directions", "4 cameras"]),
-    (lambda image: image["S7"].update(Directions=3), ["S7 Directions", "4 cameras"]),
-    (cut(np.s_[:7]), ["S5 Directions camera 54138969", "7 frames"]),
-    (cut(np.s_[:, :16]), ["S5 Directions", "16 joints"]), (cut(np.s_[..., :1]), ["(8, 17, 1)"]),
-    (lambda image: image.clear(), ["positions_2d", "empty"])])
-def test_2d_that_does_not_fit_is_named(change, names, miniature, tmp_path):
+@pytest.mark.parametrize("change, name", [
+    (lambda views: [view[:7] for view in views], "(7, 17) in 2D"),
+    (lambda views: [view[:, :16] for view in views], "(8, 16) in 2D"),
+    (lambda views: [view[..., :1] for view in views], "(8, 17, 1)"),
+    (lambda views: views[:3], "4 cameras")])
+def test_2d_that_does_not_fit_is_named(change, name, miniature, tmp_path):
     image = views_of(miniature)
-    change(image)
+    image["S5"]["Directions"] = change(image["S5"]["Directions"])
     write_objects(tmp_path / "data_3d_h36m.npz", positions_3d=miniature)
     write_objects(tmp_path / "data_2d_h36m_x.npz", positions_2d=image)
-    rejected(["data_2d_h36m_x.npz", *names], data.load_h36m, tmp_path, "x")
-
-
-@pytest.mark.parametrize("subject, name", [
-    ({}, "S1"), ([], "S1"), (None, "S1"), ({"Walking 1": np.zeros((0, 32, 3))}, "no frames"),
-    ({"Walking 1": np.zeros((8, 96))}, "Walking 1"), ({"Walking 1": [[1], [1, 2]]}, "Walking 1")])
-def test_3d_that_is_none_is_named(subject, name, miniature, tmp_path):
-    miniature["S1"] = subject
-    write_objects(tmp_path / "data_3d_h36m.npz", positions_3d=miniature)
-    rejected(["data_3d_h36m.npz", name], data.load_h36m, tmp_path)
+    rejected(["data_2d_h36m_x.npz", "S5 Directions", name], data.load_h36m, tmp_path, "x")
 
 
 def test_what_a_recipe_cannot_have_is_refused(miniature, tmp_path):
@@ -2824,12 +2208,14 @@ def test_what_a_recipe_cannot_have_is_refused(miniature, tmp_path):
     write_objects(tmp_path / "data_3d_h36m.npz", positions_3d=miniature)
     for fields, split, name in [
             (dict(keypoints="hrnet"), "train", "data_2d_h36m_hrnet.npz"),
-            (dict(), "validation", "validation"), (dict(data="h37m"), "test", "h37m"),
-            (dict(skeleton="coco17"), "test", "coco17"),
-            (dict(data="mocap", skeleton="h36m32"), "test", "h36m32")]:
+            (dict(), "validation", "validation"),
+            (dict(data="h37m"), "test", "h37m"),
+            (dict(skeleton="coco17"), "test", "coco17")]:
         rejected(name, data.make_store, recipe_of(**fields), tmp_path, split)
     rejected("S2", data.load_h36m, tmp_path, subjects=("S2",))
-    rejected("listed", data.load_dataset, recipe_of(), tmp_path / "data_3d_h36m.npz", "train")
+    miniature["S1"]["Greeting"] = np.zeros((0, 32, 3))
+    write_objects(tmp_path / "data_3d_h36m.npz", positions_3d=miniature)
+    rejected(["S1 Greeting", "no frames"], data.load_h36m, tmp_path)
 
 
 def test_provenance_is_human36m_only_when_it_is():
@@ -2841,16 +2227,14 @@ def test_provenance_is_human36m_only_when_it_is():
     for real in (train, test, train + test, sequences(524_892, "S11")):
         assert data.provenance(real) == data.HUMAN36M == data.GENUINE["h36m"]
     made = sequences(543_344, "S9", "files in Human3.6M layout, made by this project")
-    for other in (sequences(1_559_751, "S1"), train + sequences(5, "S9"), made, train + made):
+    for other in (train + made, sequences(1_559_751, "S1"), train + sequences(5, "S9")):
         assert data.provenance(other) != data.HUMAN36M
 
 
 @pytest.mark.parametrize("how", ["python2", "legacy", "zip"])
 def test_gridconv_archives(miniature, tmp_path, how):
-    gridconv_archives(tmp_path / "gt", miniature, ("S1", "S5"), "train", how)
     image, space = gridconv_archives(tmp_path / "gt", miniature, ("S9", "S11"), "test", how)
     test = data.load_gridconv(tmp_path / "gt", "test")
-    assert len(data.load_gridconv(tmp_path)) == 2 * 5 * 4
     for s, key in zip(test, image, strict=True):
         c = data.H36M_CAMERAS.index(s.camera)
         assert (s.subject, f"{s.action}.{s.camera}") == (key[0], key[2])
@@ -2862,50 +2246,31 @@ def test_gridconv_archives(miniature, tmp_path, how):
         assert_allclose(s.intrinsics, [*data.H36M_INTRINSICS[c][:4], 0, 0, 0, 0, 0], rtol=1e-6)
         assert s.size == data.H36M_SIZES[c]
     path = tmp_path / "gt" / "test_custom_3d_unnorm.pth.tar"
-    lacking = {k: v for k, v in space[key].items() if k != "camera"}
+    eight = {**space[key], "camera": list(range(8))}
     fewer = {k: v for k, v in space.items() if k != key}
-    eight = {**lacking, "camera": list(range(8))}
-    for value in ({**space, key: lacking}, {**space, key: eight}, {}, [1], fewer):
+    for value in ({**space, key: eight}, {**space, key: {}}, [1], fewer):
         torch.save(value, path)
         rejected([path], data.load_gridconv, tmp_path, "test")
-    each_frame = {name: np.full(8, k + 1.0) for k, name in enumerate(("fx", "fy", "cx", "cy"))}
-    torch.save({**space, key: {**lacking, "camera": each_frame}}, path)
-    assert data.load_gridconv(tmp_path, "test")[-1].intrinsics[:4].tolist() == [1, 2, 3, 4]
-    rejected("train_custom_2d_unnorm.pth.tar", data.load_gridconv, tmp_path, "train", "hrnet")
-
-
-def test_an_archive_of_what_is_left_out_alone_allows_nothing(tmp_path):
-    key, camera = ("S11", "Directions", "Directions.60457274"), [1000.0, 1000, 500, 500]
-    entry = {"joint_3d": np.ones((2, 51)), "pelvis": np.full((2, 3), 3000.0), "camera": camera}
-    (tmp_path / "gt").mkdir()
-    for split in data.SPLITS:
-        for kind, value in (("2d", np.ones((2, 34))), ("3d", entry)):
-            torch.save({key: value}, tmp_path / "gt" / f"{split}_custom_{kind}_unnorm.pth.tar")
-    status, out, _ = command("data.py", "check", tmp_path)
-    assert status == 2 and ": allows" not in out and out.count("left out") == 2
+    space[key]["camera"] = dict.fromkeys(("fx", "fy", "cx", "cy"), np.full(8, 5.0))  # each frame
+    torch.save(space, path)
+    assert data.load_gridconv(tmp_path, "test")[-1].intrinsics[:4].tolist() == [5] * 4
 
 
 def test_gridconvs_archives_serve_human36m_rows(miniature, tmp_path):
-    image = {}
-    for keypoints, how in (("gt", "python2"), ("hrnet", "zip")):
+    for keypoints in ("gt", "hrnet"):
         for split, subjects in data.SPLITS.items():
-            place = tmp_path / "h36m" / keypoints
-            image[split], _ = gridconv_archives(place, miniature, subjects, split, how)
+            gridconv_archives(tmp_path / "h36m" / keypoints, miniature, subjects, split)
     gt, hrnet = recipe_of(), recipe_of(keypoints="hrnet", skip="gridconv")
     assert not data.missing_files(gt, tmp_path) and not data.missing_files(hrnet, tmp_path)
     assert data.missing_files(recipe_of(skeleton="h36m32"), tmp_path) == ["data_3d_h36m.npz"]
     # archives without their keypoints' name may be of any kind
     assert data.missing_files(gt, tmp_path / "h36m" / "hrnet")
-    image = {k: v for k, v in image["test"].items()
-             if k[0] == "S9" or not k[2].startswith("Directions.")}
-    store = data.make_store(gt, tmp_path, "test")
-    want = (np.concatenate(list(image.values())) - 500) / 500
-    assert_allclose(store.input.flatten(1), want, atol=1e-5)
-    tested = {(s.subject, s.action) for s in data.make_store(hrnet, tmp_path, "test").sequences}
-    drifting = {("S9", "Greeting"), ("S9", "Waiting 1")}
-    assert tested == {(k[0], k[2].split(".")[0]) for k in image} - drifting
-    lines, unusable = data.check_folder(tmp_path)
-    assert unusable == 0 and "Human3.6M, 2D hrnet: allows GridConv's P1 / P2" in "\n".join(lines)
+    tested = []
+    for recipe in (gt, hrnet):
+        sequences = data.make_store(recipe, tmp_path, "test").sequences
+        tested.append({(s.subject, s.action) for s in sequences})
+    assert len(tested[0]) == 9 and ("S11", "Directions") not in tested[0]
+    assert tested[0] - tested[1] == {("S9", "Greeting"), ("S9", "Waiting 1")}
 
 
 @pytest.mark.parametrize("fields, sequences", [
@@ -2915,19 +2280,17 @@ def test_gridconvs_archives_serve_human36m_rows(miniature, tmp_path):
 def test_preprocessing_of_human36m_is_the_releases(fields, sequences, everything):
     folder, raw = everything
     recipe = recipe_of(**fields)
-    stores = {split: data.make_store(recipe, folder, split) for split in ("train", "test")}
-    assert tuple(len(store.sequences) for store in stores.values()) == sequences
-    keys = {(s.subject, s.action, s.camera) for s in stores["test"].sequences}
-    whole = {(s, a, c) for s in ("S9", "S11") for a in raw.space[s] for c in data.H36M_CAMERAS}
+    stores = [data.make_store(recipe, folder, split) for split in ("train", "test")]
+    assert tuple(len(store.sequences) for store in stores) == sequences
+    tested = {(s.subject, s.action) for s in stores[1].sequences}
     skipped = {("S11", "Directions")}
     if recipe.keypoints == "hrnet":
         skipped |= {("S9", "Waiting 1"), ("S9", "SittingDown 1"), ("S9", "Greeting")}
-    cameras = ("54138969", "55011271", "58860488", "60457274")
-    assert whole - keys == {(*key, camera) for key in skipped for camera in cameras}
-    train = {s.subject for s in stores["train"].sequences}
+    assert not skipped & tested
+    train = {s.subject for s in stores[0].sequences}
     assert train == {"S1", "S5", "S6", "S7", "S8"}
     wide = recipe.skeleton == "h36m32"
-    for store in stores.values():
+    for store in stores:
         assert len(store) == 5 * len(store.sequences)  # and of detected 2D no more
         for i, s in list(enumerate(store.sequences))[::7]:
             frames, c = slice(5 * i, 5 * i + 5), data.H36M_CAMERAS.index(s.camera)
@@ -2949,12 +2312,11 @@ def test_preprocessing_of_human36m_is_the_releases(fields, sequences, everything
 def test_humaneva_is_the_releases(everything):
     folder, raw = everything
     recipe = recipe_of(data="humaneva", skeleton="humaneva15", normalise="width")
-    store = data.make_store(recipe, folder, "test")
+    for part, split in (("Train", "train"), ("Validate", "test")):
+        store = data.make_store(recipe, folder, split)
+        assert {s.subject for s in store.sequences} == {f"{part}/S{i}" for i in (1, 2, 3)}
     assert len(store.sequences) == 3 * 3 * 3
     assert {s.action.split(" ")[0] for s in store.sequences} == {"Walking", "Jog"}
-    for part, split in (("Train", "train"), ("Validate", "test")):
-        sequences = data.make_store(recipe, folder, split).sequences
-        assert {s.subject for s in sequences} == {f"{part}/S{i}" for i in (1, 2, 3)}
     pixels = [raw.eva_2d[s.subject][s.action][data.HUMANEVA_CAMERAS.index(s.camera)]
               for s in store.sequences]
     assert_allclose(store.input, np.concatenate(pixels) / 640 * 2 - [1, 480 / 640], atol=1e-6)
@@ -2963,21 +2325,20 @@ def test_humaneva_is_the_releases(everything):
     points = plain_camera(raw.eva[s.subject][s.action], data.HUMANEVA_EXTRINSICS["S1"][1])
     assert_allclose(s.pose_3d, points - points[:, :1], atol=1e-5)
     assert s.size == (640, 480) and s.fps == 60
-    assert len(data.load_humaneva(folder, actions=("Walk", "Jog", "Box"))) == 3 * 4 * 3
-    rejected("Swim", data.load_humaneva, folder, actions=("Swim",))
     coco = data.load_humaneva(folder, "detectron_pt_coco", ("Validate/S1",))[0].pose_2d
     raw_coco = raw.eva_coco["Validate/S1"]["Walking 1 chunk0"][0][..., :2]
     named = dict(zip(SKELETONS["coco17"].joints, raw_coco.swapaxes(0, 1)))
-    named |= {"pelvis": raw_coco[:, [11, 12]].mean(1), "thorax": raw_coco[:, [5, 6]].mean(1)}
-    named["head"] = raw_coco[:, 0]
+    named["pelvis"] = (named["left_hip"] + named["right_hip"]) / 2
+    named["thorax"] = (named["left_shoulder"] + named["right_shoulder"]) / 2
+    named["head"] = named["nose"]
     want = np.stack([named[joint] for joint in SKELETONS["humaneva15"].joints], 1)
     assert_allclose(coco, want, rtol=1e-6)
 
 
-def test_3dhp_is_the_benchmarks(everything, tmp_path):
+def test_3dhp_is_the_benchmarks(everything):
     folder, raw = everything
-    recipe, views = recipe_of(data="3dhp", skeleton="3dhp17", normalise="width"), raw.test_3dhp
-    store = data.make_store(recipe, folder, "test")
+    recipe = recipe_of(data="3dhp", skeleton="3dhp17", normalise="width")
+    store, views = data.make_store(recipe, folder, "test"), raw.test_3dhp
     sizes = [(2048, 2048)] * 4 + [(1920, 1080)] * 2
     assert [s.size for s in store.sequences] == sizes
     points = np.concatenate([view["data_3d"] for view in views.values()]) / 1000
@@ -2987,8 +2348,7 @@ def test_3dhp_is_the_benchmarks(everything, tmp_path):
     pixels = np.concatenate(pixels)
     assert_allclose(store.input, pixels, atol=1e-5)
     assert_array_equal(store.valid, np.concatenate([view["valid"] for view in views.values()]) == 1)
-    cross = recipe_of(data="3dhp", weights="gridconv-gt-learnable")
-    crossed = data.make_store(cross, folder, "test")
+    crossed = data.make_store(recipe_of(data="3dhp"), folder, "test")
     assert crossed.rule == "longest"  # of release-500, for images of this size
     theirs = SKELETONS["3dhp17"].joints
     names = {"neck": "head", "thorax": "neck", "head": "head_top"}
@@ -2997,75 +2357,36 @@ def test_3dhp_is_the_benchmarks(everything, tmp_path):
     assert_allclose(crossed.input, pixels[:, order], atol=1e-5)  # the width is the longest
     train = data.make_store(recipe, folder, "train").sequences
     assert len(train) == 16 * 8 and {s.fps for s in train} == {25}
-    assert (train[4].subject, train[4].action, train[4].camera) == ("S1", "Seq1", "5")
     assert data.provenance(store.sequences) == "files in MPI-INF-3DHP layout"
     counted = {name: int(view["valid"].sum()) for name, view in views.items()}
     with mock.patch.object(data, "MPI3DHP_VALID", counted):
         assert data.provenance(store.sequences) == data.GENUINE["3dhp"]
+
+
+def test_3dhp_files_that_do_not_fit_are_named(everything, tmp_path):
+    view = everything[1].test_3dhp["TS1"]
     for change, name in [
-            (dict(valid=np.ones(5)), "5 flags"), (dict(data_3d=np.zeros((0, 17, 3))), "no frames"),
-            (dict(data_3d=np.zeros((6, 51))), "(6, 51)")]:
-        write_objects(tmp_path / "data_test_3dhp.npz", data={"TS1": {**views["TS1"], **change}})
+            ({**view, "valid": np.ones(5)}, "5 flags"),
+            ({**view, "data_3d": np.zeros((6, 51))}, "(6, 51)"),
+            ({"data_2d": 1}, "layout")]:
+        write_objects(tmp_path / "data_test_3dhp.npz", data={"TS1": change})
         rejected(["data_test_3dhp.npz", "TS1", name], data.load_3dhp, tmp_path, "test")
-    for view in ({"data_2d": 1}, 3):
-        write_objects(tmp_path / "data_test_3dhp.npz", data={"TS1": view})
-        rejected(["data_test_3dhp.npz", "TS1"], data.load_3dhp, tmp_path, "test")
-    assert not data.missing_files(cross, tmp_path)  # it needs the test set alone
-    assert data.missing_files(recipe, tmp_path) == ["data_train_3dhp.npz"]
-    write_objects(tmp_path / "data_train_3dhp.npz", data={"S1 Seq1": [{}, 25]})
-    rejected("no cameras", data.load_3dhp, tmp_path)
+    crossed = recipe_of(data="3dhp", weights="gridconv-gt-learnable")
+    assert not data.missing_files(crossed, tmp_path)  # it needs the test set alone
+    assert data.missing_files(recipe_of(data="3dhp"), tmp_path) == ["data_train_3dhp.npz"]
 
 
-def test_check_says_what_is_there_and_what_is_missing(miniature, bvh_folder, tmp_path):
+def test_check_says_what_is_there_and_what_is_missing(miniature, tmp_path):
     refused("data.py", "check", tmp_path / "none", names="none")
-    status, out, _ = command("data.py", "check", tmp_path)
-    assert status == 0 and out.count("not here") == 8 and "vision.imar.ro" in out
     write_objects(tmp_path / "data_3d_h36m.npz", positions_3d=miniature)
-    write_objects(tmp_path / "data_2d_h36m_cpn.npz", positions_2d=views_of(miniature))
-    data.convert_bvh(bvh_folder, tmp_path, "mocap", "old")
     status, out, _ = command("data.py", "check", tmp_path)
-    assert status == 0 and "Human3.6M, 2D cpn: allows no published row" in out
-    assert "Human3.6M, 2D gt: allows" in out and "HumanEva-I, 2D gt: not here" in out
+    assert status == 0 and "Human3.6M, 2D gt: allows" in out
+    assert "HumanEva-I, 2D gt: not here" in out and "missing: data_3d_humaneva15.npz" in out
     assert "train: 100 sequences, 800 frames; files in Human3.6M layout (not Human3.6M" in out
-    assert "8 BVH clips" in out and "S11" not in out
-    (tmp_path / "data_2d_h36m_cpn.npz").write_bytes(b"PK")
+    (tmp_path / "data_2d_h36m_hrnet.npz").write_bytes(b"PK")
     status, out, err = command("data.py", "check", tmp_path)
-    assert status == 2 and "train: cannot be used" in out and err.count("\n") == 1
-    assert "Human3.6M, 2D cpn: cannot be used" in out and "2D gt: allows" in out
-
-
-VIEW = {"data_3d": [[[1.0] * 3] * 17], "data_2d": [[[1.0] * 2] * 17], "valid": [0]}
-
-
-@pytest.mark.parametrize("files", [
-    {"data_3d_h36m": dict(positions_3d={})}, {"data_3d_h36m": dict(positions_3d={"S1": {}})},
-    {"data_3d_h36m": dict(
-        positions_3d={s: {"Walking": [[[1.0] * 3] * 16]} for s in data.H36M_EXTRINSICS})},
-    {"data_test_3dhp": dict(data={"TS1": VIEW}),
-     "data_train_3dhp": dict(data={"S1 Seq1": [{"0": VIEW}, 25], "S1 Seq2": [{}, 25]})},
-    {"data_train_3dhp": dict(data={1: 2}), "data_test_3dhp": dict(data={1: 2})},
-    {"data_train_3dhp": dict(data={}), "data_test_3dhp": dict(data={"TS1": {}})},
-    {"data_3d_humaneva15": dict(positions_3d={f"Train/S{i}": {} for i in (1, 2, 3)}),
-     "data_2d_humaneva15_gt": dict(positions_2d={1: 2})},
-    {"data_3d_mocap": dict(clips=[]), "data_2d_mocap_gt": dict(clips=[])}], ids=str)
-def test_check_of_empty_files_allows_nothing(files, tmp_path):
-    for name, values in files.items():
-        write_objects(tmp_path / f"{name}.npz", **values)
-    status, out, err = command("data.py", "check", tmp_path)
-    assert status == 2 and err.count("\n") == 1 and ": allows" not in out
-    assert ": cannot be used; it would allow" in out and not PYTHONS_OWN_WORDS.search(out)
-    assert f"{list(files)[0]}.npz" in out or "h36m17" in out
-    assert out.count(": cannot be used: ") == 2 * out.count(": cannot be used; ")  # both splits
-
-
-def test_coco_joints_are_not_taken_for_human36ms(miniature, tmp_path):
-    write_objects(tmp_path / "data_3d_h36m.npz", positions_3d=miniature)
-    for layout in ("h36m", "coco"):
-        write_objects(tmp_path / "data_2d_h36m_detectron.npz", positions_2d=views_of(miniature),
-                      metadata={**META, "layout_name": layout})
-        if layout == "h36m":
-            assert data.load_h36m(tmp_path, "detectron")
-    rejected(["data_2d_h36m_detectron.npz", "COCO"], data.load_h36m, tmp_path, "detectron")
+    assert status == 2 and err.count("\n") == 1 and not PYTHONS_OWN_WORDS.search(out)
+    assert "2D hrnet: cannot be used; it would allow" in out and "2D gt: allows" in out
 
 
 # ---- hostile and damaged files
@@ -3076,8 +2397,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("value, name", [
-    (Hostile(), ".system"), (HERE, "Path"), (print, "print"),
-    ({"a": [np.random.RandomState(0)]}, "numpy.random")])
+    (Hostile(), ".system"), (HERE, "Path"), ({"a": [np.random.RandomState(0)]}, "numpy.random")])
 def test_unknown_names_are_refused_by_name(value, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_objects("a.npz", positions_3d={"S1": value})
@@ -3096,29 +2416,17 @@ def test_read_torch(zipped, tmp_path):
     model = nn.Linear(3, 2)
     arrays = {"array": np.arange(900.0).reshape(30, 30).T, "names": np.array(["a", "bc"]),
               "empty": np.zeros((0, 3)), "half": torch.ones(2, 2, dtype=torch.float16).t(),
-              "random": torch.get_rng_state(), "parameter": nn.Parameter(torch.ones(1)).detach()}
+              "parameter": nn.Parameter(torch.ones(1)).detach(), **model.state_dict()}
     others = {"list": [1, 2.5, "three", None, True, (4,), {5}], "scalar": np.float64(1.5),
               "ordered": OrderedDict(a=1)}
-    values = {"weights": model.state_dict(), **arrays, **others}
-    torch.save(values, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
-    got = data.read_torch(tmp_path / "a.pth")
+    path = tmp_path / "a.pth"
+    torch.save({**arrays, **others}, path, _use_new_zipfile_serialization=zipped)
+    got = data.read_torch(path)
     assert {key: got[key] for key in others} == others
     for key, value in arrays.items():
         assert np.array_equal(got[key], value) and got[key].dtype == value.dtype
-    assert all(torch.equal(got["weights"][key], value) for key, value in model.state_dict().items())
-    torch.jit.script(model).save(str(tmp_path / "b.pth"))
-    rejected("TorchScript", data.read_torch, tmp_path / "b.pth")
-
-
-@pytest.mark.parametrize("state", [released_gridconv("autogrids"), released_glagcn(17, 1)],
-                         ids=["gridconv", "glagcn"])
-def test_released_checkpoints_are_read(state, tmp_path):
-    save_released(tmp_path / "best", state)
-    content = data.read_torch(tmp_path / "best", inert=True)
-    assert not isinstance(content.get("optimizer"), torch.optim.Optimizer)
-    got = content.get("state_dict", content.get("model_pos"))
-    assert got.keys() == state.keys() and all(torch.equal(got[key], state[key]) for key in state)
-    rejected(["best", "refused"], data.read_torch, tmp_path / "best")
+    torch.jit.script(model).save(str(path))
+    rejected("TorchScript", data.read_torch, path)
 
 
 @pytest.mark.parametrize("count", [2, 40, 5000])  # byte strings of 8, 160 and 20,000 bytes
@@ -3162,9 +2470,11 @@ def test_read_npz_and_its_damage(tmp_path):
 
 def crafted(*parts):
     """A pickle of protocol 2 from its parts: bytes as they are, names as globals."""
-    body = [part if isinstance(part, bytes) else b"c%b\n%b\n" % tuple(map(str.encode, part))
-            for part in parts]
-    return b"\x80\x02" + b"".join(body) + b"."
+    body = b"\x80\x02"
+    for part in parts:
+        named = isinstance(part, tuple)
+        body += "c{}\n{}\n".format(*part).encode() if named else part
+    return body + b"."
 
 
 GIB4 = b"\x8a\x05" + (2 ** 32).to_bytes(5, "little")
@@ -3172,12 +2482,8 @@ EMPTY_ARRAY = (("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
                b"K\x00\x85U\x01b\x87R")
 OBJECTS = (("numpy", "dtype"), b"U\x02O8\x89\x88\x87R",  # without their flags
            b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb")
-STRUCTURE = (("numpy", "dtype"), b"U\x02V8\x89\x88\x87R", b"(K\x03U\x01|NU\x01a\x85}U\x01a",
-             *OBJECTS, b"K\x00\x86sK\x08K\x01K\x00tb")
 HOSTILE_PICKLES = {
     "addresses": crafted(*EMPTY_ARRAY, b"(K\x01)", *OBJECTS, b"\x89U\x08AAAAAAAAtb"),
-    "addresses in fields": crafted(
-        *EMPTY_ARRAY, b"(K\x01)", *STRUCTURE, b"\x89U\x08AAAAAAAAtb"),
     "a claimed shape": crafted(*EMPTY_ARRAY, b"(K\x01", GIB4, b"\x85", *OBJECTS, b"\x89]tb"),
     "a claimed memo": crafted(b"Nr" + struct.pack("<I", 2 ** 24), ("os", "getcwd")),
     "a changed reader": crafted(("numpy", "dtype"), b"N}U\x0c__setstate__Ns\x86b"),
@@ -3234,39 +2540,27 @@ def test_hostile_files_are_refused_without_effect(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_is_no_file_or_no_json_or_too_large_is_one_line(tmp_path, monkeypatch):
+def test_what_is_no_file_or_no_json_is_one_line(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path, says in ((tmp_path / "pipe", "not a regular file"), (tmp_path, "cannot be read"),
-                       (Path("/dev/zero"), "not a regular file"), (tmp_path / "none", "not found")):
-        for read in (data.read_json, data.read_npz, data.read_torch, data.read_bvh):
-            rejected([path, says], read, path)
-
-    for text in ("", "{", "NaN5"):
-        (tmp_path / "a.json").write_text(text)
-        rejected(["a.json", "not JSON"], data.read_json, tmp_path / "a.json")
-    (tmp_path / "a.npy").write_text("[]")
-    monkeypatch.setattr(Path, "read_bytes", mock.Mock(side_effect=MemoryError))
-    for read in (data.read_json, data.read_bvh):
-        rejected(["a.npy", "memory"], read, tmp_path / "a.npy")
+    (tmp_path / "a.json").write_text("{")
+    for read in (data.read_json, data.read_npz, data.read_torch, data.read_bvh):
+        for name in ("", "pipe", "none"):
+            rejected("not found, or no regular file", read, tmp_path / name)
+    rejected(["a.json", "not JSON"], data.read_json, tmp_path / "a.json")
 
 
 def good_files(folder):
     """{name: (loads that file, whether its format has a checksum)}: small files of every format."""
     rng, files = np.random.default_rng(0), {}
     world = h36m_space(rng, ("Walking 1",), 4)
-    write_objects(folder / "data_3d_h36m.npz", positions_3d=world)
+    np.savez_compressed(folder / "data_3d_h36m.npz", positions_3d=np.array(world, object))
     write_objects(folder / "data_2d_h36m_gt.npz", True, 2, positions_2d=views_of(world))
-    eva = {f"Train/S{i}": {"Jog 1 chunk0": rng.normal(0, 0.4, (4, 15, 3))} for i in (1, 2, 3)}
-    np.savez_compressed(folder / "data_3d_humaneva15.npz", positions_3d=np.array(eva, object))
-    eva_2d = {s: {"Jog 1 chunk0": list(rng.uniform(0, 480, (3, 4, 15, 2)))} for s in eva}
-    write_objects(folder / "data_2d_humaneva15_gt.npz", positions_2d=eva_2d)
     ts1 = {**raw_3dhp(rng, 4), "valid": np.ones(4)}
     write_objects(folder / "data_test_3dhp.npz", data={"TS1": ts1})
     write_clips(folder / "clips", frames=4)
     data.convert_bvh(folder / "clips", folder, "mocap", "^b")
     for names, load, *words in [
             (["3d_h36m", "2d_h36m_gt"], data.load_h36m), (["test_3dhp"], data.load_3dhp, "test"),
-            (["3d_humaneva15", "2d_humaneva15_gt"], data.load_humaneva),
             (["3d_mocap", "2d_mocap_gt"], data.load_mocap)]:
         load = functools.partial(load, folder, *words)
         files |= {f"data_{name}.npz": (load, True) for name in names}
@@ -3330,8 +2624,6 @@ def test_values_that_are_not_finite_are_refused_with_file_sequence_and_frame(val
             ("data_3d_h36m.npz", ["positions_3d", (), "S8", "Walking 1"], "S8 Walking 1, 3D"),
             ("data_2d_h36m_gt.npz", ["positions_2d", (), "S1", "Walking 1", 3],
              "S1 Walking 1 camera 60457274, 2D"),
-            ("data_2d_humaneva15_gt.npz", ["positions_2d", (), "Train/S2", "Jog 1 chunk0", 1],
-             "Train/S2 Jog 1 chunk0 camera C2, 2D"),
             ("data_test_3dhp.npz", ["data", (), "TS1", "data_3d"], "TS1 camera 0, 3D"),
             ("zip/train_custom_3d_unnorm.pth.tar", [key, "joints_3d"],
              "S1 Walking 1 camera 55011271, 3D"),
@@ -3352,52 +2644,25 @@ def test_values_that_are_not_finite_are_refused_with_file_sequence_and_frame(val
 # ---- files and commands
 
 def test_write_atomically(tmp_path):
-    path, before = tmp_path / "new" / "a.txt", tmp_path / "new" / "before.txt"
-
-    def write(content):
-        data.write_atomically(path, lambda file: file.write(content), before)
-    write(b"one")
-    assert not before.exists()
-    with open(path, "rb") as reader:  # who reads the old file goes on reading the old file
-        write(b"two")
-        assert reader.read() == b"one" and path.read_bytes() == b"two"
-    assert before.read_bytes() == b"one"
+    path = tmp_path / "new" / "a.txt"
+    for text in (b"one", b"two"):
+        data.write_atomically(path, lambda file: file.write(text))
 
     def half(file):
         file.write(b"half")
         raise KeyboardInterrupt
 
-    def full(file):  # torch.save on a full disk
-        try:
-            raise OSError(28, "No space left on device")
-        except OSError:
-            raise RuntimeError("unexpected pos")
+    def full(file):
+        raise OSError(28, "No space left on device")
     with pytest.raises(KeyboardInterrupt):
-        data.write_atomically(path, half, before)
-    rejected([path, "No space left"], data.write_atomically, path, full, before)
-    assert path.read_bytes() == b"two" and before.read_bytes() == b"one"
-    assert sorted(os.listdir(path.parent)) == ["a.txt", "before.txt"]
-    rejected("cannot be written", data.write_atomically, path / "below" / "a.txt", half)
-    with pytest.raises(ZeroDivisionError):  # a bug
-        data.write_atomically(path, lambda file: 1 / 0)
-
-
-def test_a_conversion_that_cannot_be_written_leaves_no_set(bvh_folder, tmp_path, monkeypatch):
-    whole = data.write_atomically
-
-    def once(path, *rest):
-        if any(tmp_path.iterdir()):
-            raise InputError("full")
-        whole(path, *rest)
-    monkeypatch.setattr(data, "write_atomically", once)
-    rejected("full", data.convert_bvh, bvh_folder, tmp_path, "mocap", "old")
-    # what is looked for comes last
-    assert data.missing_files(recipe_of(data="mocap"), tmp_path) == ["data_3d_mocap.npz"]
+        data.write_atomically(path, half)
+    rejected([path, "No space left"], data.write_atomically, path, full)
+    assert path.read_bytes() == b"two" and os.listdir(path.parent) == ["a.txt"]
 
 
 @pytest.mark.parametrize("error, status, line", [
-    (InputError("two\nlines"), 2, "error: two lines\n"), (KeyboardInterrupt(), 130, ""),
-    (MemoryError(), 2, "error: not enough memory\n"),
+    (InputError("two\nlines"), 2, "error: two lines\n"),
+    (KeyboardInterrupt(), 130, ""),
     (FileNotFoundError(2, "No such file", "x.npz"), 2, "error: x.npz: No such file\n")])
 def test_run_exit_statuses(error, status, line, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -3415,32 +2680,29 @@ def test_run_shows_bugs_and_a_models_refusal():
 def test_names_that_no_terminal_can_show_end_nothing(tmp_path):
     names = "歩く_a", os.fsdecode("歩く_b".encode("shift-jis")), "lone_\udcff"
     clips = tmp_path / "クリップ"
+    clips.mkdir()
     for i, name in enumerate(names):
-        (clips / f"{name}s").mkdir(parents=True)
         text = write_bvh(*person(bandai_names(), seed=i))
-        (clips / f"{name}s" / f"{name}.bvh").write_text(text)
+        (clips / f"{name}.bvh").write_text(text)
     words = ["data.py", "bvh", clips, "--out", tmp_path, "--test", "_b"]
     status, out, err = command(*words, encoding="ascii")
     assert status == 0 and "\\u30af" in out and not err
     assert {s.action for s in data.load_mocap(tmp_path)} == {names[0], names[2]}
-    status, out, _ = command("data.py", "check", tmp_path, encoding="cp1252")
-    assert status == 0 and "motion capture, 2D gt: allows" in out
-    (clips / f"{names[1]}s" / f"{names[1]}.bvh").write_text("")
+    (clips / f"{names[1]}.bvh").write_text("")
     status, _, err = command(*words, encoding="ascii")
     assert status == 2 and err.count("\n") == 1 and "\\udc" in err
 
 
 @pytest.mark.parametrize("given, want", [
-    ({}, "1000 None"), ({"GOMP_SPINCOUNT": "7"}, "7 None"),
-    ({"OMP_WAIT_POLICY": "passive"}, "None passive")])
+    ([], "1000 None"), (["GOMP_SPINCOUNT=7"], "7 None"),
+    (["OMP_WAIT_POLICY=passive"], "None passive")])
 def test_spinning_is_bounded_before_torch_is_imported_unless_the_user_has(given, want):
+    code = "import os, sys; sys.modules['torch'] = None\n" \
+           "try: import data\n" \
+           "except ImportError: print(*map(os.environ.get, sys.argv[1:]))"
     names = "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"
-    code = "import sys; sys.modules['torch'] = None\ntry: import data\nexcept ImportError: " \
-           f"import os; print(*[os.environ.get(name) for name in {names}])"
-    kept = {key: value for key, value in os.environ.items() if key not in names}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE,
-                          env={**kept, **given})
-    assert done.stdout.strip() == want
+    words = ["env", "-u", names[0], "-u", names[1], *given, sys.executable, "-c", code, *names]
+    assert subprocess.check_output(words, text=True, cwd=HERE).strip() == want
 
 
 # ---- random cameras, noise and missing joints
@@ -3490,39 +2752,31 @@ def test_random_cameras_are_what_their_ranges_say(draw):
 def test_a_draw_depends_on_its_number_alone():
     clips, options = upright_clips(), dict(cameras="random", noise=0.02, missing=0.3)
 
-    def shown(draw, target="camera", **options):
-        store = FrameStore(clips, "longest", H17, target=target, **options)
+    def shown(draw, **options):
+        store = FrameStore(clips, "longest", H17, **options)
         store.redraw(data.TEST_DRAW)
         store.redraw(draw)
         return store
     first, second, again = (shown(draw, **options) for draw in (4, 2, 4))
-    names = "input", "target", "intrinsics", "root"
-    assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in names)
+    clean = shown(4, cameras="random")  # the same cameras, whatever noise and gaps
+    assert torch.equal(first.input, again.input) and not torch.equal(clean.input, first.input)
+    for name in ("target", "intrinsics", "root"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+        assert torch.equal(getattr(first, name), getattr(clean, name))
     focal = [set(store.intrinsics[:, 0].tolist()) for store in (first, second)]
     assert len(focal[0]) == len(clips) and not focal[0] & focal[1]
-    uvd = shown(4, "uvd", **options)
-    assert torch.equal(uvd.input, first.input) and torch.equal(uvd.pose_3d, first.target)
-    back = uvd.to_camera(uvd.target, torch.arange(len(uvd)))
-    assert (back - uvd.pose_3d).abs().max() < 1e-4
-    clean = shown(4, cameras="random")  # the same cameras, whatever noise and gaps
-    assert all(torch.equal(getattr(clean, name), getattr(first, name)) for name in names[1:])
-    assert not torch.equal(clean.input, first.input)
-    assert torch.equal(shown(4).input, shown(2).input)  # as recorded
     how = "synthetic motion (seed 3), random cameras, noise 0.02, missing 0.3"
-    assert first.sequences[0].source == how
-    human = [dataclasses.replace(s, source="files in Human3.6M layout") for s in clips]
-    noisy = FrameStore(human, "width", H17, noise=0.1)
-    assert "noise 0.1" in data.provenance(noisy.sequences)  # never "Human3.6M"
+    assert data.provenance(first.sequences) == how
     # the numbers that models being trained see: a draw means the same in every version
     assert_allclose(first.input[7, 3], (-0.0198609, 0.4151172), atol=1e-5)
 
 
 def test_swapped_sides_are_the_inputs_alone():
-    plain, swapped = (
-        FrameStore(small_sequences(), "width", H17, swap_sides=s) for s in (False, True))
+    plain = FrameStore(small_sequences(), "width", H17)
+    swapped = FrameStore(small_sequences(), "width", H17, swap_sides=True)
     assert torch.equal(plain.target, swapped.target)
-    sides = [*H17.left, *H17.right], [*H17.right, *H17.left]
-    assert torch.equal(plain.input[:, sides[0]], swapped.input[:, sides[1]])
+    assert torch.equal(plain.input[:, H17.left + H17.right],
+                       swapped.input[:, H17.right + H17.left])
 
 
 def test_noise_is_as_asked():
@@ -3540,7 +2794,6 @@ def test_noise_is_as_asked():
         assert part.square().mean().sqrt().item() == deviation
     gross = (error.norm(dim=-1) > 0.05).float().mean().item()  # in both coordinates at once
     assert gross == pytest.approx(0.02 * math.exp(-0.5 * 0.25), rel=0.1)
-    assert torch.equal(data.detect(clean, *bounds, 0.0, 0.0, generator), clean)
 
 
 @pytest.mark.parametrize("missing", [0.02, 0.1, 0.5])
@@ -3578,16 +2831,15 @@ def test_extrinsics_of_every_loader_put_the_world_upright(everything):
 
 
 def test_make_store_gives_tests_cameras_of_their_own(run_folder):
-    recipe = recipe_of(data="synthetic", cameras="random", noise=0.01, missing=0.1, swap_sides=True)
-    stores = {split: data.make_store(recipe, "", split) for split in ("train", "test")}
+    recipe = recipe_of(data="synthetic", cameras="random", noise=0.01, missing=0.1)
+    stores = [data.make_store(recipe, "", split) for split in ("train", "test")]
     test = data.load_dataset(recipe, "", "test")
-    assert {s.subject for s in test} == {"S9", "S11"} and stores["test"].rule == "longest"
-    same = FrameStore(test, "longest", H17, "cpu", "camera", "random", 0.01, 0.1, swap_sides=True)
+    assert {s.subject for s in test} == {"S9", "S11"} and stores[1].rule == "longest"
+    same = FrameStore(test, "longest", H17, "cpu", "camera", "random", 0.01, 0.1)
     same.redraw(1)
-    assert torch.equal(same.input, stores["test"].input) and data.TEST_DRAW % 2 == 1
-    drawn = {split: set(store.intrinsics[:, 0].tolist()) for split, store in stores.items()}
-    assert not drawn["train"] & drawn["test"]
-    assert data.make_store(recipe_of(data="synthetic", target="uvd"), "", "test").uvd
+    assert torch.equal(same.input, stores[1].input) and data.TEST_DRAW % 2 == 1
+    drawn = [set(store.intrinsics[:, 0].tolist()) for store in stores]
+    assert not drawn[0] & drawn[1]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -3638,21 +2890,23 @@ def random_pair(seed, frames=3, joints=6):
 def test_metrics_are_explicit_loops():
     p, t = golden_pair()
     joints = [(f, j) for f in range(4) for j in range(5)]
-    errors = [math.sqrt(sum((p[f, j, c] - t[f, j, c]) ** 2 for c in range(3))) for f, j in joints]
+    errors = [sum((p[f, j, c] - t[f, j, c]) ** 2 for c in range(3)) ** 0.5 for f, j in joints]
     best = [sum((p[f] * t[f]).flatten()) / sum((p[f] ** 2).flatten()) for f in range(4)]
     scaled = [np.linalg.norm(best[f] * p[f, j] - t[f, j]) for f, j in joints]
     pairs = [(f, j) for f, j in joints if f < 3]
     speeds = [np.linalg.norm(p[f + 1, j] - p[f, j] - t[f + 1, j] + t[f, j]) for f, j in pairs]
     shares = [np.mean([1000 * error < k for error in errors]) for k in range(0, 151, 5)]
-    wanted = {"mpjpe": 1000 * np.mean(errors), "p_mpjpe": horn_p_mpjpe(p, t),
-              "n_mpjpe": 1000 * np.mean(scaled), "mpjve": 1000 * np.mean(speeds),
-              "pck": 100 * shares[-1], "auc": 100 * np.mean(shares)}
-    golden = {"mpjpe": 442.9327, "p_mpjpe": 131.9719, "n_mpjpe": 391.6575, "mpjve": 507.3372,
-              "pck": 80.0, "auc": 10.6452}
-    for name in METRIC_NAMES:
+    wanted = {  # by the loops, and golden
+        "mpjpe": (1000 * np.mean(errors), 442.9327),
+        "p_mpjpe": (horn_p_mpjpe(p, t), 131.9719),
+        "n_mpjpe": (1000 * np.mean(scaled), 391.6575),
+        "mpjve": (1000 * np.mean(speeds), 507.3372),
+        "pck": (100 * shares[-1], 80.0),
+        "auc": (100 * np.mean(shares), 10.6452)}
+    for name, (by_loops, golden) in wanted.items():
         got = getattr(evaluation, name)(torch.tensor(p), torch.tensor(t))
-        assert got == pytest.approx(wanted[name], abs=1e-9), name
-        assert got == pytest.approx(golden[name], abs=1e-3), name
+        assert got == pytest.approx(by_loops, abs=1e-9), name
+        assert got == pytest.approx(golden, abs=1e-3), name
 
 
 @settings(max_examples=25)
@@ -3668,7 +2922,6 @@ def test_p_mpjpe_ignores_similarities_but_not_reflections(seed, scale):
     assert p_mpjpe(scale * t @ R + shift, t) == pytest.approx(0, abs=1e-9)
     mirrored = t * torch.tensor([-1.0, 1.0, 1.0])
     assert p_mpjpe(mirrored, t) > 1  # six joints in general position
-    assert p_mpjpe(p.float(), t.float()) == pytest.approx(aligned, rel=1e-4)
 
 
 @settings(max_examples=25)
@@ -3680,36 +2933,34 @@ def test_mpjpe_moves_with_translation_and_n_mpjpe_ignores_scale(seed, scale, shi
     assert n_mpjpe(scale * p, t) == pytest.approx(n_mpjpe(p, t), rel=1e-8)
     velocity = torch.tensor([0.01, 0.0, -0.02]) * torch.arange(4)[:, None, None]
     line, still = t[:1] + velocity, t[:1].expand(4, -1, -1)
-    assert mpjve(line, still) == pytest.approx(1000 * math.sqrt(5e-4), rel=1e-5)
-    assert mpjve(line + shift, line) == pytest.approx(0, abs=1e-9)
+    assert mpjve(line + shift, still) == pytest.approx(1000 * math.sqrt(5e-4), rel=1e-5)
+    rejected("2 frames", mpjve, t[:1], t[:1])
 
 
 @settings(max_examples=25)
 @given(st.lists(st.integers(0, 200), min_size=1, max_size=8))
 def test_pck_and_auc_in_closed_form(millimetres):
-    target = torch.zeros(1, len(millimetres), 3, dtype=torch.float64)
-    prediction, errors = target.clone(), torch.tensor(millimetres, dtype=torch.float64)
+    errors = torch.tensor(millimetres, dtype=torch.float64)
+    target = torch.zeros(1, len(errors), 3, dtype=torch.float64)
+    prediction = target.clone()
     prediction[0, :, 1] = errors / 1000 - 1e-9 * (errors > 0)
     # an error of m mm (a hair less) counts at the thresholds max(5 ceil(m / 5), 5) ... 150
     counted = [sum(k >= m and k > 0 for k in range(0, 151, 5)) for m in millimetres]
     assert evaluation.auc(prediction, target) == pytest.approx(100 * np.mean(counted) / 31)
     share = 100 * np.mean([m <= 150 for m in millimetres])
     assert evaluation.pck(prediction, target) == pytest.approx(share)
-    exactly = torch.tensor([[[0.25, 0.0, 0.0]]], dtype=torch.float64)  # 250 mm is not below 250
-    shares = [evaluation.pck(exactly, exactly * 0, threshold) for threshold in (250.0, 250.1)]
-    assert shares == [0, 100]
+    exactly = torch.tensor([[[0.25, 0.0, 0.0]]], dtype=torch.float64)
+    assert evaluation.pck(exactly, 0 * exactly, 250.0) == 0  # it is not below
 
 
 def test_alignment_of_degenerate_poses():
-    t = torch.randn(5, 7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    _, t, _ = random_pair(0, frames=5, joints=7)
     spread = 1000 * (t - t.mean(1, keepdim=True)).norm(dim=-1).mean().item()
     for point in (0.0, 1 / 3, 1e6):  # every joint in one place
         assert p_mpjpe(torch.full_like(t, point), t) == pytest.approx(spread, rel=1e-9)
-    along = torch.arange(7.0, dtype=torch.float64)[:, None] * torch.tensor([1.0, 2.0, 3.0])
-    line = along.expand(5, 7, 3)
+    line = torch.arange(7.0)[:, None] * torch.tensor([1.0, 2.0, 3.0])
+    line = line.double().expand(5, 7, 3)
     assert p_mpjpe(-2 * line, line) == pytest.approx(0, abs=1e-6)  # a rotation turns it round
-    assert p_mpjpe(t[:, :1], t[:, 1:2]) == pytest.approx(0, abs=1e-9)  # one joint
-    assert p_mpjpe(t, t * 0) == pytest.approx(0, abs=1e-9)
     assert n_mpjpe(t * 0, t) == mpjpe(t * 0, t)
 
 
@@ -3720,42 +2971,28 @@ def test_metrics_refuse_bad_poses(name):
                  "ndarray": good.numpy(), "differ": good[:, :2]}
     for said, bad in bad_poses.items():
         rejected(said, metric, bad, good)
-    for value in (math.nan, math.inf):
-        bad = good.clone()
-        bad[1, 2, 0] = value
-        rejected(["target", "frame 1"], metric, good, bad)
-    if name == "mpjve":
-        rejected("2 frames", metric, good[:1], good[:1])
-
-
-class OnMps(torch.Tensor):
-    """A tensor that says it is on Apple's mps device, which has no float64."""
-    device = torch.device("mps")
-
-    def double(self):
-        raise TypeError("mps has no float64")
-
-    def cpu(self):
-        return self.as_subclass(torch.Tensor)
+    bad = good.clone()
+    bad[1, 2, 0] = math.nan
+    rejected(["target", "NaN"], metric, good, bad)
 
 
 def test_where_the_device_has_no_float64_the_cpu_scores():
-    p, t = (torch.tensor(pose).float() for pose in golden_pair())
-    for name in METRIC_NAMES:
-        metric = getattr(evaluation, name)
-        assert metric(p.as_subclass(OnMps), t.as_subclass(OnMps)) == metric(p, t)
+    """Apple's mps has none."""
+    pose = mock.Mock(device=torch.device("mps"))
+    pose.cpu.return_value = torch.ones(2)
+    assert torch.equal(evaluation.exact(pose), torch.ones(2).double())
 
 
 # ---- a small store
 
 def small_sequence(subject, action, frames, valid=None, seed=0, joints=17):
     rng = np.random.default_rng(seed)
+    pose_2d = rng.uniform(0, 1000, (frames, joints, 2)).astype(np.float32)
+    pose_3d = rng.normal(size=(frames, joints, 3)).astype(np.float32)
     return Sequence(
-        subject=subject, action=action, camera="0", valid=valid, size=(1000, 1000), fps=50.0,
-        pose_2d=rng.uniform(0, 1000, (frames, joints, 2)).astype(np.float32),
-        pose_3d=rng.normal(size=(frames, joints, 3)).astype(np.float32),
-        root=np.tile(np.float32([0, 0, 4]), (frames, 1)), source="files in Human3.6M layout",
-        intrinsics=np.float32([1000, 1000, 500, 500, 0, 0, 0, 0, 0]))
+        subject, action, "0", pose_2d, pose_3d, np.tile(np.float32([0, 0, 4]), (frames, 1)),
+        np.float32([1000, 1000, 500, 500, 0, 0, 0, 0, 0]), (1000, 1000), 50.0, valid=valid,
+        source="files in Human3.6M layout")
 
 
 def small_store(clips, skeleton="h36m17", target="camera"):
@@ -3778,8 +3015,9 @@ CLIPS = (("S9", "Walking 1", 5), ("S9", "Walking", 2), ("S11", "Walking", 3),
 
 def eval_recipe(method="gridconv", **fields):
     """A small recipe, with all that build_model and a report read."""
-    small = dict(method=method, data="h36m", layout="released", filter_widths=(3,), channels=4)
-    return SimpleNamespace(**{**dataclasses.asdict(tiny_recipe(**small)), **fields})
+    recipe = tiny_recipe(method=method, data="h36m", layout="released", filter_widths=(3,),
+                         channels=4)
+    return SimpleNamespace(**{**dataclasses.asdict(recipe), **fields})
 
 
 # ---- scores
@@ -3789,33 +3027,26 @@ def test_score_averages_over_actions_as_a_loop_does():
     prediction = off_by(store)
     scores, errors, at = score(prediction, store), {}, 0
     p, t = prediction.double(), store.pose_3d.double()
-    for subject, action, frames in CLIPS:
+    for _, action, frames in CLIPS:
         for f in range(at, at + frames):
             row = [getattr(evaluation, name)(p[f:f + 1], t[f:f + 1]) for name in FRAME_METRICS]
-            errors.setdefault((action.split(" ")[0], subject), []).append(row)
+            errors.setdefault(action.split(" ")[0], []).append(row)
         at += frames
-
-    for part, column in enumerate(("subject", "action")):
-        groups = {}
-        for key, rows in errors.items():
-            groups.setdefault(key[1 - part], []).extend(rows)
-        got = evaluation.mean(scores["rows"], column)
-        assert set(got) == set(groups)
-        for name, rows in groups.items():
-            assert got[name]["frames"] == len(rows)
-            figures = [got[name][metric] for metric in FRAME_METRICS]
-            assert figures == pytest.approx(np.mean(rows, 0), rel=1e-9)
-    unweighted = np.mean([np.mean(rows, 0) for rows in groups.values()], 0)  # over the actions
-    assert [scores[metric] for metric in FRAME_METRICS] == pytest.approx(unweighted, rel=1e-9)
+    actions = evaluation.mean(scores["rows"], "action")
+    assert set(actions) == set(errors)
+    for name, rows in errors.items():
+        assert actions[name]["frames"] == len(rows)
+        figures = [actions[name][metric] for metric in FRAME_METRICS]
+        assert figures == pytest.approx(np.mean(rows, 0), rel=1e-9)
+    unweighted = np.mean([np.mean(rows, 0) for rows in errors.values()], 0)
+    figures = [scores[metric] for metric in FRAME_METRICS]
+    assert figures == pytest.approx(unweighted, rel=1e-9)
     pooled = evaluation.mean(scores["rows"])
     assert scores["frames"] == pooled["frames"] == 15
-    assert pooled["mpjpe"] == pytest.approx(mpjpe(prediction, store.pose_3d), rel=1e-9)
-    assert abs(pooled["mpjpe"] - scores["mpjpe"]) > 1  # which differ
+    assert pooled["mpjpe"] == pytest.approx(mpjpe(p, t), rel=1e-9)
     cells = evaluation.mean(scores["rows"], ("action", "subject"))
-    assert cells["Walking", "S11"]["mpjpe"] == pytest.approx(mpjpe(p[7:10], t[7:10]))
-    rejected("15", score, prediction[:3], store)
-    prediction[4, 3, 1] = math.nan
-    rejected("NaN", score, prediction, store)
+    walking = cells["Walking", "S11"]["mpjpe"]
+    assert walking == pytest.approx(mpjpe(p[7:10], t[7:10]))
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
@@ -3826,17 +3057,17 @@ def test_velocities_are_those_within_a_sequence_in_chunks_of_any_size(chunk):
     velocity = [mpjve(p[a:b], t[a:b]) for a, b in ((0, 5), (5, 7), (7, 10), (10, 14))]
     rows = scores["rows"]
     assert [row["mpjve"] for row in rows[:4]] == pytest.approx(velocity)
-    assert rows[4]["mpjve"] is None  # one frame has no velocity
-    assert [row["pairs"] for row in rows] == [4, 1, 2, 3, 0]
     walking = (4 * velocity[0] + velocity[1] + 2 * velocity[2]) / 7
     actions = evaluation.mean(rows, "action")
     assert actions["Walking"]["mpjve"] == pytest.approx(walking)
-    assert actions["Posing"]["mpjve"] is None
+    assert actions["Posing"]["mpjve"] is None  # one frame has none
     assert scores["mpjve"] == pytest.approx((walking + velocity[3]) / 2)
-    assert scores["mpjpe"] == pytest.approx(score(off_by(store), store)["mpjpe"], rel=1e-12)
+    whole = score(off_by(store), store)
+    assert scores["mpjpe"] == pytest.approx(whole["mpjpe"], rel=1e-12)
 
 
-@pytest.mark.parametrize("skeleton, left_out", [("3dhp17", (14, 15, 16)), ("h36m17", (0, 7, 9))])
+@pytest.mark.parametrize("skeleton, left_out", [
+    ("3dhp17", (14, 15, 16)), ("h36m17", (0, 7, 9))])
 def test_score_of_3dhp_counts_valid_frames_and_the_benchmarks_joints(skeleton, left_out):
     flags = {"TS1": [1, 0, 1, 1], "TS2": [0, 0], "TS3": [1, 1, 0], "TS6": [0, 1]}
     clips = [(name, name, len(some), np.array(some, bool)) for name, some in flags.items()]
@@ -3846,32 +3077,32 @@ def test_score_of_3dhp_counts_valid_frames_and_the_benchmarks_joints(skeleton, l
     assert prediction[:, store.skeleton.root].abs().max() > 0  # the caller's stays
     prediction[:, store.skeleton.root] = 0
     p, t = prediction.double(), store.pose_3d.double()
-    index = {"TS1": [0, 2, 3], "TS3": [6, 7], "TS6": [10], "studio, green screen": [0, 2, 3],
-             "studio": [6, 7], "outdoor": [10], "all": [0, 2, 3, 6, 7, 10]}
     rows = scores["rows"]
-    got = {**evaluation.mean(rows, "subject"), **evaluation.mean(rows, "scene"), "all": scores}
+    got = {**evaluation.mean(rows, "subject"), "all": scores}
+    index = {"TS1": [0, 2, 3], "TS6": [10], "all": [0, 2, 3, 6, 7, 10]}
     counted = [j for j in range(17) if j not in left_out]
     for name, some in index.items():
         assert got[name]["frames"] == len(some)
         for metric in ("mpjpe", "p_mpjpe", "pck", "auc"):
-            joints = counted if metric in ("pck", "auc") else range(17)
-            wanted = getattr(evaluation, metric)(p[some][:, list(joints)], t[some][:, list(joints)])
+            joints = counted if metric in ("pck", "auc") else list(range(17))
+            wanted = getattr(evaluation, metric)(p[some][:, joints], t[some][:, joints])
             assert got[name][metric] == pytest.approx(wanted, rel=1e-9)
     assert got["TS2"]["frames"] == 0 and got["TS2"]["mpjpe"] is None
-    moving = [mpjve(p[[a, b]], t[[a, b]]) for a, b in ((2, 3), (6, 7))]  # valid neighbours
+    neighbours = [2, 3], [6, 7]  # both valid
+    moving = [mpjve(p[some], t[some]) for some in neighbours]
     assert scores["mpjve"] == pytest.approx(np.mean(moving))
 
 
 def test_each_datasets_headline_is_its_protocols_average():
-    eva = (("Validate/S1", "Walking 1 chunk0", 3), ("Validate/S2", "Walking 1 chunk0", 2),
-           ("Validate/S1", "Walking 1 chunk3", 4), ("Validate/S2", "Jog 1 chunk0", 2))
+    eva = [("Validate/S1", "Walking 1 chunk0", 3), ("Validate/S2", "Walking 1 chunk0", 2),
+           ("Validate/S1", "Walking 1 chunk3", 4)]
     store = small_store(eva, "humaneva15")
     p, t = off_by(store).double(), store.pose_3d.double()
-    parts = ([0, 1, 2, 5, 6, 7, 8], [3, 4], [9, 10])  # all chunks of S1
+    parts = [0, 1, 2, 5, 6, 7, 8], [3, 4]  # all chunks of S1
     pairs = [p_mpjpe(p[some], t[some]) for some in parts]
-    assert score(off_by(store), store)["p_mpjpe"] == pytest.approx(np.mean(pairs))
+    assert score(p, store)["p_mpjpe"] == pytest.approx(np.mean(pairs))
     store = small_store(CLIPS)
-    store.sequences = [dataclasses.replace(s, source="motion capture") for s in store.sequences]
+    store.sequences = [replace(s, source="motion capture") for s in store.sequences]
     pooled = mpjpe(off_by(store), store.pose_3d)
     assert score(off_by(store), store)["mpjpe"] == pytest.approx(pooled)
 
@@ -3885,22 +3116,21 @@ def test_yardsticks_are_numpys(seed, chunk):
     def store(frames):
         s = small_sequence("S1", "A", frames, seed=rng.integers(10 ** 9))
         s.pose_2d[:, 3] = s.pose_2d[:, 2]  # coinciding joints: a singular system
-        linear = ((s.pose_2d.reshape(frames, -1) / 500 - 1) @ mix).reshape(frames, 17, 3)
-        s.pose_3d[:] = 0.1 * linear + 0.1 * s.pose_3d + 1
+        linear = (s.pose_2d.reshape(frames, -1) / 500 - 1) @ mix
+        s.pose_3d[:] = 0.1 * linear.reshape(frames, 17, 3) + 0.1 * s.pose_3d + 1
         s.valid = np.arange(frames) % 7 != 2
         return FrameStore([s], "release-500", H17)
 
     def error(guess):
-        return 1000 * np.linalg.norm((guess - yt).reshape(len(yt), 17, 3), axis=-1).mean()
-    train_store, test_store = store(140), store(30)
+        return 1000 * np.linalg.norm((guess - yt).reshape(-1, 17, 3), axis=-1).mean()
+    stores = store(140), store(30)
     x, y, xt, yt = (part[store.valid].double().flatten(1).numpy()
-                    for store in (train_store, test_store)
-                    for part in (store.input, store.pose_3d))
+                    for store in stores for part in (store.input, store.pose_3d))
     solution = np.linalg.lstsq(np.c_[x, np.ones(len(x))], y, rcond=1e-10)[0]
-    got = evaluation.yardsticks(train_store, test_store, chunk=chunk)
+    got = evaluation.yardsticks(*stores, chunk=chunk)
     assert got["mean_pose"] == pytest.approx(error(y.mean(0)), rel=1e-9)
-    assert got["affine"] == pytest.approx(error(np.c_[xt, np.ones(len(xt))] @ solution), rel=1e-6)
-    assert got["affine"] < got["mean_pose"]
+    affine = np.c_[xt, np.ones(len(xt))] @ solution
+    assert got["affine"] == pytest.approx(error(affine), rel=1e-6)
 
 
 # ---- predictions
@@ -3911,13 +3141,11 @@ class SeesItsWindow(torch.nn.Module):
     def __init__(self, frames, causal=False):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-        self.receptive_field, self.causal, self.drop = frames, causal, torch.nn.Dropout(0.5)
+        self.receptive_field, self.causal = frames, causal
 
     def forward(self, pose):
         if self.receptive_field > 1:
-            assert pose.shape[1] == self.receptive_field
             pose = (pose * torch.arange(1, pose.shape[1] + 1)[:, None, None]).sum(1)
-        pose = self.drop(pose)
         depth = pose[..., :1] * pose[..., 1:] + torch.arange(17)[:, None]
         return torch.cat([pose * self.weight + 0.1, depth], -1)
 
@@ -3926,17 +3154,13 @@ class SeesItsWindow(torch.nn.Module):
 @pytest.mark.parametrize("target", ["camera", "uvd"])
 def test_predict_with_flips_is_the_explicit_average(frames, causal, target):
     store, model = small_store(CLIPS, target=target), SeesItsWindow(frames, causal)
-    model.train()
-    model.drop.eval()
     index = torch.tensor([0, 4, 5, 11, 14, 2])
-    flipped = predict(model, store, index, flip=True, batch=4)
-    plain = predict(model, store, index)
-    assert model.training and not model.drop.training  # left as they were
+    flipped = predict(model, store, flip=True, batch=4)[index]
+    plain = predict(model, store)[index]
     order = list(range(17))
     for left, right in zip(H17.left, H17.right):
         order[left], order[right] = right, left
     negated = torch.tensor([-1.0, 1.0, 1.0])
-    model.eval()
     for k, i in enumerate(index.tolist()):
         first, last = int(store.first[i]), int(store.last[i])
         start = i - (frames - 1 if causal else frames // 2)
@@ -3949,43 +3173,20 @@ def test_predict_with_flips_is_the_explicit_average(frames, causal, target):
         got = torch.stack([plain[k], flipped[k]])
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(predict(model, store, batch=2)[index], plain)
-    scores = score(predict(model, store, flip=True), store)
-    assert evaluation.evaluate(model, store, flip=True) == scores
 
 
 def test_a_refined_prediction_uses_each_frames_own_root_and_camera():
     store, model = small_store(CLIPS), SeesItsWindow(3)
     refinement = glagcn.Refinement(17).train()
     got = predict(model, store, refinement=refinement, batch=4)
-    assert all(module.training for module in refinement.modules())
+    modules = [model, *refinement.modules()]
+    assert all(module.training for module in modules)  # left as they were
     intrinsics = store.normalised_intrinsics(torch.arange(len(store)))
     plain = predict(model, store)
     with torch.no_grad():
         wanted = refinement.eval()(plain, store.input, intrinsics, store.root)
     torch.testing.assert_close(got, wanted)
     assert not torch.allclose(got, plain)
-    scores = evaluation.evaluate(model, store, refinement=refinement)
-    assert scores["mpjpe"] == pytest.approx(score(wanted, store)["mpjpe"], rel=1e-6)
-
-
-class CountsConstants(TorchDispatchMode):
-    """Counts the tensors made of Python numbers, each of which a GPU would have to be sent."""
-    made = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.made += operation.name() in ("aten::lift_fresh", "aten::_to_copy")
-        return operation(*args, **(kwargs or {}))
-
-
-def test_a_flipped_batch_sends_nothing_to_the_device():
-    store, refinement = small_store(CLIPS), glagcn.Refinement(17)
-    model = build_model(eval_recipe("glagcn"))
-    made = []
-    for batch in (15, 3):
-        with CountsConstants() as mode:
-            predict(model, store, flip=True, refinement=refinement, batch=batch)
-        made.append(mode.made)
-    assert made[0] == made[1]  # not a tensor more for five batches than for one
 
 
 # ---- devices
@@ -3995,49 +3196,41 @@ def test_a_cpu_computes_in_float32_unless_told_otherwise(asked):
     got = "float32" if asked == "auto" else asked
     assert pick_device("cpu", asked) == (torch.device("cpu"), got)
     assert torch.backends.cudnn.allow_tf32 == (got != "float32")
-    assert torch.get_float32_matmul_precision() == ("highest" if got == "float32" else "high")
-    assert "cpu" in evaluation.device_name(torch.device("cpu"))
+    wanted = "highest" if got == "float32" else "high"
+    assert torch.get_float32_matmul_precision() == wanted
 
 
-@pytest.mark.parametrize("name", ["tpu", "cpu:x", "meta", "cuda:99", ""])
+@pytest.mark.parametrize("name", ["tpu", "cpu:x", "meta", "cuda:99"])
 def test_a_device_that_is_not_here_is_named(name):
     rejected([f"--device {name}", "--device cpu"], pick_device, name)
 
 
-def test_a_driver_that_torch_cannot_use_stops_unless_the_cpu_is_asked_for(monkeypatch, tmp_path):
-    script = tmp_path / "nvidia-smi"
-    script.write_text("#!/bin/sh\necho 535.104.05\necho 535.104.05\n")
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    said = ["535.104.05", "580", torch.__version__, "previous versions", "--device cpu"]
-    for name in (None, "cuda"):
-        rejected(said, pick_device, name)
+def test_a_driver_that_torch_cannot_use_stops_unless_the_cpu_is_asked_for(monkeypatch):
+    def available():
+        said = "CUDA initialization: The NVIDIA driver on your system is too old (found 12020)"
+        warnings.warn(said)  # as torch does
+        return False
+    monkeypatch.setattr(torch.cuda, "is_available", available)
+    rejected(["12020", torch.__version__, "580", "--device cpu"], pick_device)
     assert pick_device("cpu")[0].type == "cpu"
-    with monkeypatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
-        assert pick_device()[0].type == "cpu"
-    script.write_text("#!/bin/sh\necho No devices were found\nexit 6\n")
-    assert pick_device()[0].type == "cpu"
-    script.unlink()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device()[0].type == "cpu"
 
 
 def test_an_unsupported_card_is_named_and_each_process_takes_its_own(monkeypatch):
-    taken, zeros = [], torch.zeros
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GeForce GTX 1080")
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_100", "compute_120"])
+    taken, zeros, cuda = [], torch.zeros, torch.cuda
+
+    def too_old(size, device):
+        warnings.warn("\n    Found GPU3 GTX 1080 which is of cuda capability 6.1.\n    Minimum")
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "set_device", taken.append)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    rejected(["GeForce GTX 1080", "6.1", "7.5", "--device cpu"], pick_device)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch, "zeros", too_old)
+    rejected(["GTX 1080", "6.1", "cuda:3", "--device cpu"], pick_device)
     monkeypatch.setattr(torch, "zeros", lambda size, device: zeros(size))
     assert pick_device() == (torch.device("cuda:3"), "tf32")
     assert pick_device("cuda:1", "bf16") == (torch.device("cuda:1"), "bf16")
-    assert taken == [torch.device(name) for name in ("cuda:3", "cuda:3", "cuda:1")]
+    assert [device.index for device in taken] == [3, 3, 1]
 
 
 # ---- models from recipes and checkpoints
@@ -4059,124 +3252,76 @@ def save_model(path, network, **more):
     torch.save({**content, **more}, path)
 
 
-LAYOUTS = ("handcrafted", "released", "random", "row", "column", "global", "autogrids",
-           "autogrids-random")
-GRIDS = [dict(layout=name) for name in LAYOUTS]
-GRIDS += [dict(layout="random", grid=(7, 3), attention="", padding=("zeros",)),
-          dict(layout="autogrids", grid=(3, 6), attention="channel"),
-          dict(method="gridconv-temporal", filter_widths=(3, 3)),
-          dict(method="gridconv-temporal", layout="autogrids")]
-OTHERS = [dict(method="fc"), dict(method="gcn", skeleton="h36m32"),
-          dict(method="glagcn", skeleton="humaneva15", filter_widths=(3, 3)),
-          dict(method="glagcn", skeleton="humaneva15", keypoints="detectron_pt_coco",
-               input_norm=False),
-          dict(method="glagcn", skeleton="3dhp17", reconstruct=True, unshared_weight=0.5),
-          dict(method="glagcn", causal=True, adaptive=False)]
-
-
-@pytest.mark.parametrize("fields", GRIDS + OTHERS, ids=str)
+@pytest.mark.parametrize("fields", [
+    dict(layout="handcrafted"), dict(layout="row"), dict(layout="autogrids-random"),
+    dict(layout="random", grid=(7, 3), attention="", padding=("zeros",)),
+    dict(method="gridconv-temporal", layout="autogrids", filter_widths=(3, 3)),
+    dict(method="fc"), dict(method="gcn", skeleton="h36m32"),
+    dict(method="glagcn", skeleton="humaneva15", keypoints="detectron_pt_coco",
+         input_norm=False),
+    dict(method="glagcn", skeleton="3dhp17", reconstruct=True, unshared_weight=0.5),
+    dict(method="glagcn", causal=True, adaptive=False)], ids=str)
 def test_checkpoints_give_back_the_model(fields, tmp_path):
     model = shaken_network(**{"layout_seed": 3, "temperature": 7.0, **fields})
     save_model(tmp_path / "m.pt", model, licence="CC0")
     again = load_model(tmp_path / "m.pt")
     frames = (model.receptive_field,) if model.receptive_field > 1 else ()
     x = torch.randn(2, *frames, len(SKELETONS[model.recipe.skeleton].joints), 2)
-    assert torch.equal(again(x), model(x))
-    assert not again.training
+    assert torch.equal(again(x), model(x)) and not again.training
     assert not torch.equal(model(x), model(x * 2))
     model.recipe.temperature = getattr(model, "temperature", 7.0)
     assert vars(again.recipe) == {**vars(model.recipe), "crossed": False}
-    assert (again.epoch, again.trained_on, again.licence) == (3, "synthetic motion", "CC0")
-    text, size = evaluation.inspect(again), sum(p.numel() for p in model.parameters())
-    assert text.startswith(f"tiny ({model.recipe.method}): {size:,} parameters")
-    assert f"receptive field {model.receptive_field}," in text
-    assert ("dropped joints" in text) == fields.get("layout", "").startswith("autogrids")
+    about = again.epoch, again.trained_on, again.licence
+    assert about == (3, "synthetic motion", "CC0")
+    size = sum(p.numel() for p in model.parameters())
+    assert f"{size:,} parameters" in evaluation.inspect(again)
 
 
-def test_an_annealed_temperature_and_compiled_or_parallel_names_are_read(tmp_path):
+def test_checkpoints_of_before_and_of_compiled_or_parallel_models_are_read(tmp_path):
     model = shaken_network()
     model.temperature = 4.5  # that of the epoch; the recipe's is where it started
+    recipe = {**vars(model.recipe), "shown_every": 5}  # no longer a field
+    for name in ("input_norm", "normalisation", "cameras", "noise", "weights"):
+        del recipe[name]  # not yet one
     x = torch.randn(2, 17, 2)
     for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
         state = {prefix + name: value for name, value in model.state_dict().items()}
-        save_model(tmp_path / "m.pt", model, model=state)
+        save_model(tmp_path / "m.pt", model, model=state, recipe=recipe)
         again = load_model(tmp_path / "m.pt")
         assert torch.equal(again(x), model(x)) and again.temperature == 4.5
+    assert again.recipe.input_norm and again.recipe.cameras == "recorded"
 
 
-def test_checkpoints_with_fields_of_before_are_read(tmp_path):
-    model = build_model(eval_recipe("glagcn"))
-    recipe = {**vars(model.recipe), "shown_every": 5}  # no longer a field
-    for name in ("input_norm", "normalisation", "cameras", "noise", "swap_sides", "weights"):
-        del recipe[name]  # not yet one
-    save_model(tmp_path / "m.pt", model, recipe=recipe)
-    recipe = load_model(tmp_path / "m.pt").recipe
-    assert (recipe.input_norm, recipe.normalisation) == (True, "column")
-    assert recipe.cameras == "recorded"
+@pytest.mark.parametrize("name, wanted", [
+    ("handcrafted", gridconv.HANDCRAFTED_5X5), ("released", gridconv.RELEASED_5X5),
+    ("random", gridconv.random_layout(17, (5, 5), 2)),
+    ("row", gridconv.shuffle_layout(gridconv.HANDCRAFTED_5X5, "row", 2))])
+def test_layouts_of_recipes(name, wanted):
+    S = build_model(eval_recipe(layout=name, layout_seed=2)).assignment()
+    assert torch.equal(S, gridconv.assignment_matrix(wanted, 17))
 
 
-def test_layouts_of_recipes():
-    def same(wanted, **fields):
-        S = build_model(eval_recipe(**fields)).assignment()
-        return torch.equal(S, gridconv.assignment_matrix(wanted, 17))
-    assert same(gridconv.HANDCRAFTED_5X5, layout="handcrafted")
-    assert same(gridconv.RELEASED_5X5, layout="released")
-    assert same(gridconv.random_layout(17, (5, 5), 5), layout="random", layout_seed=5)
-    for how in ("row", "column", "global"):
-        wanted = gridconv.shuffle_layout(gridconv.HANDCRAFTED_5X5, how, 2)
-        assert same(wanted, layout=how, layout_seed=2)
-    starts = []
-    for seed in (4, 4, 5):  # the seed alone decides, whatever was drawn before
-        torch.rand(1)
-        model = build_model(eval_recipe(layout="autogrids-random", layout_seed=seed))
-        starts.append(model.autogrids.s_prob)
-    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
-    assert 0 <= starts[0].min() and starts[0].max() < 1
-    gcn = build_model(eval_recipe("gcn", skeleton="h36m32"))
-    graph = next(m.graph for m in gcn.modules() if isinstance(m, gridconv.GraphConv))
-    bones = {frozenset(edge) for edge in SKELETONS["h36m32"].edges}
-    assert {frozenset(pair) for pair in graph.triu(1).nonzero().tolist()} == bones
+# 2^60 words in a few bytes
+DOUBLED = functools.reduce(lambda part, _: [part, part], range(60), "zeros")
 
 
 @pytest.mark.parametrize("said, fields", [
-    ("spiral", dict(layout="spiral")), ("4 x 5", dict(grid=(4, 5))),
-    ("robot", dict(skeleton="robot")), ("linear", dict(method="linear")),
-    ("mirror", dict(padding=("mirror",))), ("temperature", dict(temperature=0.0)),
-    ("released", dict(layout="released", skeleton="h36m32", grid=(7, 5))),
-    ("coco17", dict(method="glagcn", skeleton="coco17"))])
-def test_recipes_that_cannot_be_built_are_named(said, fields):
-    with pytest.raises(ValueError, match=said):
-        build_model(eval_recipe(**fields))
-
-
-def doubled(part):
-    """2^60 words in a few bytes."""
-    for _ in range(60):
-        part = [part, part]
-    return part
-
-
-@pytest.mark.parametrize("field, value", [
-    ("hidden", 8), ("hidden", 10 ** 12), ("attention", ""), ("blocks", 3000), ("grid", (200, 200)),
-    ("grid", (5, 0)), ("kernel_sizes", (3, 3)), ("kernel_sizes", (99, (99, 99), 99)),
-    ("padding", doubled("zeros")), ("layout", 3), ("layout_seed", "x"), ("skeleton", ["h36m17"]),
-    ("method", None), ("dropout", "a lot"), ("temperature", "hot"), ("temperature", math.nan)])
-def test_a_recipe_that_does_not_fit_its_weights_is_one_line(field, value, tmp_path):
+    ("spiral", dict(layout="spiral")), ("layout 3", dict(layout=3)),
+    ("4 x 5", dict(layout="handcrafted", grid=(4, 5))), ("method None", dict(method=None)),
+    ("coco17", dict(method="glagcn", skeleton="coco17")), ("nan", dict(temperature=math.nan)),
+    ("fit", dict(hidden=8)), ("fit", dict(grid=(200, 200))), ("fit", dict(blocks=3000)),
+    ("fit", dict(kernel_sizes=(99, (99, 99), 99))), ("padding", dict(padding=DOUBLED))])
+def test_a_recipe_that_does_not_fit_its_weights_is_one_line(said, fields, tmp_path):
     model = build_model(eval_recipe(layout="random"))
-    recipe = {**vars(model.recipe), field: value}
+    recipe = {**vars(model.recipe), **fields}
     save_model(tmp_path / "m.pt", model, recipe=recipe, temperature=None)
-    rejected("m.pt", load_model, tmp_path / "m.pt")
+    rejected(["m.pt", said], load_model, tmp_path / "m.pt")
 
 
 @pytest.mark.parametrize("said, content", [
-    ("no checkpoint", {"weights": {}}),
-    ("no checkpoint", [1, 2]),
-    ("no checkpoint", {"state_dict": {"a": 1}}),
-    ("no checkpoint", {"model_pos": None}),
-    ("nothing", {}),
+    ("no checkpoint", [1, 2]), ("no checkpoint", {"model_pos": None}), ("no checkpoint", {}),
     ("w1", {"state_dict": {"conv.weight": torch.ones(2)}}),
-    ("w1.branch1_weight", {"state_dict": {"w1.branch1_weight": torch.ones(2)}}),
-    ("expand_gcn", {"model_pos": {"module.fc.weight": torch.ones(2)}}),
+    ("fit", {"model_pos": {"module.fc.weight": torch.ones(2)}}),
     ("fit", {"model_pos": {"expand_gcn.gcn1.PA": torch.ones(())}})])
 def test_what_is_no_checkpoint_is_one_line(said, content, tmp_path):
     torch.save(content, tmp_path / "m.pt")
@@ -4186,42 +3331,36 @@ def test_what_is_no_checkpoint_is_one_line(said, content, tmp_path):
 
 def test_damaged_and_changed_checkpoints_are_one_line(tmp_path):
     path, model = tmp_path / "m.pt", build_model(eval_recipe())
+    rejected(["m.pt", "not found"], load_model, path)
     save_model(path, model)
-    whole = path.read_bytes()
-    for name, value in (("colour", "red"), ("hidden", 8), ("padding", ("zeros",)),
-                        ("grid", (5, 5)), ("skeleton", "3dhp17")):
-        rejected(["m.pt", name, "leave the option out"], load_model, path, **{name: value})
-    for part in (whole[:len(whole) // 2], b"", b"not a checkpoint at all"):
+    rejected(["hidden", "leave the option out"], load_model, path, hidden=8)
+    for part in (path.read_bytes()[:2000], b"", b"not a checkpoint at all"):
         path.write_bytes(part)
         rejected("m.pt", load_model, path)
-    short = {name: value for name, value in vars(model.recipe).items() if name != "hidden"}
-    changed = [("version 2", dict(version=2)), ("fit", dict(model={})), ("fit", dict(recipe=short)),
-               ("does not say its", dict(recipe={"method": "gridconv"}))]
-    changed += [("m.pt", dict(temperature=value)) for value in ("hot", torch.ones(3), 0.0)]
-    for value in (math.nan, math.inf):
-        weight = model.state_dict()["shrink.weight"].clone()
-        weight.view(-1)[5] = value
-        state = {**model.state_dict(), "shrink.weight": weight}
-        changed.append(("shrink.weight: NaN or infinite", dict(model=state)))
-    for said, more in changed:
+    name = "shrink.weight"
+    state = {**model.state_dict(), name: model.state_dict()[name] * math.nan}
+    changed = {
+        "version 1": dict(version=2), "fit": dict(model={}),
+        "weights and recipe": dict(recipe={"method": "gridconv"}),
+        "do not fit": dict(temperature="hot"),
+        "shrink.weight: NaN or infinite": dict(model=state)}
+    for said, more in changed.items():
         save_model(path, model, **more)
         rejected(["m.pt", said], load_model, path)
-    path.unlink()
-    rejected(["m.pt", "not found"], load_model, path)
 
 
 CLAIMS = """
-import resource, sys, torch, data, eval as evaluation
-room = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + 2 ** 30
-resource.setrlimit(resource.RLIMIT_AS, (room, room))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+import sys, torch, data, eval as evaluation
+from resource import *
+pages = int(open("/proc/self/statm").read().split()[0])
+setrlimit(RLIMIT_AS, [pages * getpagesize() + 2 ** 30] * 2)
+before = getrusage(RUSAGE_SELF).ru_maxrss
 for path in sys.argv[1:]:
     try:
         evaluation.load_model(path, padding=None if "own" in path else ("zeros",) * 2)
-        sys.exit(f"{path} was read")
-    except data.InputError as error:
-        print(error)
-sys.exit(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > before + 2 ** 17)
+    except data.InputError:
+        print("refused")
+sys.exit(getrusage(RUSAGE_SELF).ru_maxrss > before + 2 ** 17)
 """
 
 
@@ -4229,23 +3368,24 @@ def test_files_that_claim_more_than_they_hold_take_no_memory(tmp_path):
     """Networks of gigabytes without their weights, or with one value repeated by a stride."""
     own = {"format": "poselift", "version": 1, "data": "", "model": {}}
     for i, fields in enumerate(({"hidden": 3000}, {"hidden": 1, "blocks": 30000},
-                                {"layout": "random", "grid": (2000, 2000)},
-                                {"method": "glagcn", "channels": 10000})):
-        torch.save({**own, "recipe": vars(eval_recipe(**fields))}, tmp_path / f"own-{i}")
+                                {"layout": "random", "grid": (2000, 2000)})):
+        content = dict(own, recipe=vars(eval_recipe(**fields)))
+        torch.save(content, tmp_path / f"own-{i}")
     wide = eval_recipe(hidden=3000)
     with torch.device("meta"):
         state = build_model(wide).state_dict()
-    repeated = {name: torch.ones(()).expand(value.shape) for name, value in state.items()}
-    torch.save({**own, "recipe": vars(wide), "model": repeated}, tmp_path / "own-repeated")
-    first = {f"w1.{branch}_conv.weight": torch.zeros(3000, 2, 3, 3)
-             for branch in ("donut", "tablet")}
-    state = {**released_gridconv("vanilla", 4, 2), **first}
+    one = torch.ones(())
+    repeated = {name: one.expand(value.shape) for name, value in state.items()}
+    content = dict(own, recipe=vars(wide), model=repeated)
+    torch.save(content, tmp_path / "own-repeated")
+    state = released_gridconv("vanilla", 4, 2)
+    for branch in ("donut", "tablet"):
+        state[f"w1.{branch}_conv.weight"] = torch.zeros(3000, 2, 3, 3)
     torch.save({"state_dict": state}, tmp_path / "released-wide")
-    files = sorted(map(str, tmp_path.iterdir()))
-    done = subprocess.run([sys.executable, "-c", CLAIMS, *files], capture_output=True, text=True,
-                          cwd=HERE)
+    words = [sys.executable, "-c", CLAIMS, *map(str, tmp_path.iterdir())]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=HERE)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("\n") == len(files) == 6
+    assert done.stdout.count("refused") == 5
 
 
 # ---- the releases' files
@@ -4255,46 +3395,43 @@ def test_gridconvs_released_files_are_read(kind, tmp_path):
     state, path = released_gridconv(kind, blocks=2), tmp_path / "best.pth.tar"
     save_released(path, state)
     rejected("--padding", load_model, path)
-    rejected("filter_widths", load_model, path, filter_widths=(3,))
     model, x = load_model(path, padding=["circular", "zeros"]), torch.randn(3, 17, 2)
     wanted = gridconv.from_released(state, ("circular", "zeros")).eval()
     assert torch.equal(model(x), wanted(x)) and not torch.equal(model(x), model(x * 2))
-    other = load_model(path, padding=("circular", "replicate"))
-    assert not torch.allclose(other(x), wanted(x), rtol=1e-3)
-    recipe = model.recipe
-    assert (recipe.normalise, recipe.skip, model.temperature) == ("release-500", "gridconv", 30.0)
-    assert recipe.layout == ("autogrids" if kind == "autogrids" else "released")
+    recipe, learnt = model.recipe, kind == "autogrids"
+    assert (recipe.normalise, model.temperature) == ("release-500", 30.0)
+    assert recipe.layout == ("autogrids" if learnt else "released")
     assert recipe.keypoints == ("gt" if kind == "vanilla" else "hrnet")
-    assert other.recipe.keypoints == "gt"
     assert model.trained_on == "Human3.6M" and not recipe.crossed
-    cpn = load_model(path, padding=("circular", "zeros"), keypoints="cpn_ft_h36m_dbb").recipe
-    assert cpn.keypoints == "cpn_ft_h36m_dbb" and cpn.crossed
-    assert ("not known" in evaluation.inspect(model)) == (kind == "autogrids")
+    assert ("not known" in evaluation.inspect(model)) == learnt
+    other = load_model(path, padding=("circular", "zeros"), keypoints="cpn_ft_h36m_dbb")
+    assert other.recipe.keypoints == "cpn_ft_h36m_dbb" and other.recipe.crossed
 
 
-@pytest.mark.parametrize("joints, skeleton, keypoints, data_name, edges", [
+DETECTRON = "detectron_pt_coco"
+
+
+@pytest.mark.parametrize("joints, skeleton, keypoints, home, edges", [
     (17, "h36m17", None, "h36m", glagcn.H36M_EDGES),
     (17, "3dhp17", None, "3dhp", glagcn.MPI3DHP_EDGES),
     (15, None, "gt", "humaneva", glagcn.HUMANEVA15_EDGES),
-    (15, None, "detectron_pt_coco", "humaneva", glagcn.HUMANEVA15_DETECTED_EDGES)])
-def test_glagcns_released_files_are_read(joints, skeleton, keypoints, data_name, edges, tmp_path):
+    (15, None, DETECTRON, "humaneva", glagcn.HUMANEVA15_DETECTED_EDGES)])
+def test_glagcns_released_files_are_read(joints, skeleton, keypoints, home, edges, tmp_path):
     state, path = released_glagcn(joints, 2), tmp_path / "best_epoch.bin"
     save_released(path, state)
-    given = dict(filter_widths=[3, 3], skeleton=skeleton, keypoints=keypoints)
-    rejected(["--filter-widths", "--skeleton"], load_model, path)
     unsaid = "--skeleton" if joints == 17 else "--keypoints gt or detectron_pt_coco"
     rejected(unsaid, load_model, path, filter_widths=(3, 3))
-    rejected("strided", load_model, path, **{**given, "filter_widths": (3, 3, 3)})
-    other = dict(skeleton="humaneva15" if joints == 17 else "h36m17", keypoints="gt")
-    rejected("joint", load_model, path, **{**given, **other})
-    norm = keypoints != "detectron_pt_coco"  # twelve links, no norm of the input
+    given = dict(skeleton=skeleton, keypoints=keypoints)
+    other = "humaneva15" if joints == 17 else "h36m17"
+    rejected("joint", load_model, path, filter_widths=(3, 3), skeleton=other, keypoints="gt")
+    norm = keypoints != DETECTRON  # twelve links, no norm of the input
     bare = {key.removeprefix("module."): value for key, value in state.items()}
-    wanted = glagcn.from_released(bare, filter_widths=(3, 3), edges=edges, input_norm=norm).eval()
-    model, x = load_model(path, **given), torch.randn(2, 9, joints, 2)
-    assert torch.equal(model(x), wanted(x)) and model.receptive_field == 9
+    wanted = glagcn.from_released(bare, filter_widths=(3, 3), edges=edges, input_norm=norm)
+    model = load_model(path, filter_widths=[3, 3], **given)
+    x = torch.randn(2, 9, joints, 2)
+    assert torch.equal(model(x), wanted.eval()(x)) and model.receptive_field == 9
     assert (model.recipe.normalise, model.recipe.input_norm) == ("width", norm)
-    assert model.recipe.data == data_name
-    assert model.trained_on == evaluation.TRAINED_ON[data_name]
+    assert model.recipe.data == home
     if skeleton == "h36m17":
         words = ("--filter-widths", "3,3", "--skeleton", skeleton)
         refused("eval.py", path, *words, names=["2D poses", "--keypoints"])
@@ -4302,48 +3439,38 @@ def test_glagcns_released_files_are_read(joints, skeleton, keypoints, data_name,
 
 # ---- whether a figure compares, and tables
 
-HUMAN, OUR_EVA = "Human3.6M", "files in HumanEva-I layout"
+HUMAN, EVA_FILES = "Human3.6M", "files in HumanEva-I layout"
 TRAIN_3DHP, TEST_3DHP = "files in MPI-INF-3DHP layout", "MPI-INF-3DHP test set"
-EVA = dict(name="glagcn-humaneva-mrcnn", data="humaneva", keypoints="detectron_pt_coco")
-OUR_3DHP = dict(name="glagcn-3dhp-27", data="3dhp")
+EVA = dict(name="glagcn-humaneva-mrcnn", data="humaneva", keypoints=DETECTRON)
 CROSSED = dict(name="gridconv-3dhp-cross", data="3dhp", weights="gridconv-gt-learnable")
 
 
-@pytest.mark.parametrize("fields, test_data, trained_on, wanted", [
+@pytest.mark.parametrize("fields, tested, trained, wanted", [
     (dict(), HUMAN, HUMAN, True),
-    (dict(data="gridconv"), HUMAN, HUMAN, True),
     (dict(), "synthetic motion", HUMAN, False),
-    (dict(), HUMAN, "synthetic motion", False),
-    (dict(), "files in Human3.6M layout (not Human3.6M: 3,000 frames)", HUMAN, False),
     (dict(crossed=True), HUMAN, HUMAN, False),
     (dict(keypoints="hrnet"), HUMAN, HUMAN, False),
-    (dict(name="gridconv-hrnet-learnable", keypoints="hrnet"), HUMAN, HUMAN, True),
-    (dict(name="glagcn-cpn-243", keypoints="cpn_ft_h36m_dbb"), HUMAN, HUMAN, True),
-    (EVA, OUR_EVA, OUR_EVA, True),
-    (EVA, OUR_EVA + ", made by this project", OUR_EVA, False),
-    ({**EVA, "keypoints": "gt"}, OUR_EVA, OUR_EVA, False),
-    (OUR_3DHP, TEST_3DHP, TRAIN_3DHP, True),
-    (OUR_3DHP, TEST_3DHP, TRAIN_3DHP + ", made by this project", False),
+    (EVA, EVA_FILES, EVA_FILES, True),
+    (EVA, EVA_FILES + ", made by this project", EVA_FILES, False),
+    (dict(name="glagcn-3dhp-27", data="3dhp"), TEST_3DHP, TRAIN_3DHP, True),
     (CROSSED, TEST_3DHP, HUMAN, True),
-    (CROSSED, TEST_3DHP, "motion capture", False),
-    (dict(data="3dhp"), TEST_3DHP, HUMAN, False),
-    (dict(name="gridconv-mocap", data="mocap"), "motion capture", "motion capture", False)])
-def test_figures_compare_only_where_data_and_2d_are_the_rows(fields, test_data, trained_on, wanted):
+    (CROSSED, TEST_3DHP, "motion capture", False)])
+def test_figures_compare_only_where_data_and_2d_are_the_rows(fields, tested, trained, wanted):
     recipe = eval_recipe(**{"name": "gridconv-gt", **fields})
-    assert evaluation.compares(recipe, test_data, trained_on) is wanted
+    assert evaluation.compares(recipe, tested, trained) is wanted
 
 
 def one_score(value, frames=10, **more):
     """A sequence's row of scores."""
-    return dict(frames=frames, pairs=0, mpjpe=value, p_mpjpe=value - 10, n_mpjpe=value - 1,
-                mpjve=None, **more)
+    return dict(more, frames=frames, pairs=0, mpjpe=value, p_mpjpe=value - 10,
+                n_mpjpe=value - 1, mpjve=None)
 
 
 def result_of(recipe, rows, compares=True, test_data="Human3.6M", kind="h36m", **more):
     """A result with these rows of scores, as train.py and eval.py make it."""
-    scores = {**evaluation.headline(rows, kind), "rows": rows, "epoch": 7}
-    return {"recipe": vars(recipe), "data": "Human3.6M", "test_data": test_data,
-            "compares": compares, "last": scores, **more}
+    last = {**evaluation.headline(rows, kind), "rows": rows, "epoch": 7}
+    return dict(more, recipe=vars(recipe), data="Human3.6M", test_data=test_data,
+                compares=compares, last=last)
 
 
 def table_rows(text):
@@ -4354,79 +3481,59 @@ def table_rows(text):
 
 def test_report_puts_the_papers_figures_beside_measured_ones():
     rows = [one_score(50.0, subject="S9", action=action) for action in evaluation.ACTIONS]
-    recipe = eval_recipe(name="gridconv-hrnet-learnable", keypoints="hrnet", row="Table 1 and A",
-                         ours="lambda 0.5")
+    recipe = eval_recipe(name="gridconv-hrnet-learnable", row="Table 1 and A")
     text = report(result_of(recipe, rows))
     table = table_rows(text)
-    assert table["action"] == ["frames", "MPJPE", "MPJPE, paper", "P-MPJPE", "P-MPJPE, paper",
-                               "N-MPJPE", "MPJVE"]
-    assert table["SittingDown"] == ["10", "50.00", "63.90", "40.00", "52.50", "49.00", "-"]
+    titles = ["frames", "MPJPE", "MPJPE, paper", "P-MPJPE", "P-MPJPE, paper"]
+    assert table["action"][:5] == titles
+    sitting = ["10", "50.00", "63.90", "40.00", "52.50", "49.00", "-"]
+    assert table["SittingDown"] == sitting
     average = ["150", "50.00", "47.60", "40.00", "37.40", "49.00", "-"]
     assert table["average over actions"] == average
-    assert table["S9"][:2] == table["all frames"][:2] == ["150", "50.00"]
-    assert all(word in text for word in ("Table 1 and A", "lambda 0.5", "(7)"))
-    assert "not Human3.6M" not in text
+    assert table["S9"][:2] == ["150", "50.00"]
+    assert "Table 1 and A" in text and "not Human3.6M" not in text
     other = report(result_of(recipe, rows, False, "synthetic motion"))
     assert "not Human3.6M" in other and "synthetic motion" in other
     crossed = report(result_of(recipe, rows, False))
     assert "do not compare" in crossed
-    for shown in (other, crossed):
-        assert not any(figure in shown for figure in ("paper |", "47.60", "63.90", "37.40"))
-    recipe = eval_recipe(name="gridconv-gt", row="Table 5", paper_mpjpe=37.1, paper_p_mpjpe=0.0)
-    table = table_rows(report(result_of(recipe, rows)))
-    assert table["Walking"][2] == "-" and table["average over actions"][2] == "37.10"
-    assert table["action"].count("MPJPE, paper") == 1 and "P-MPJPE, paper" not in table["action"]
+    assert not any(figure in other + crossed for figure in ("paper |", "47.60"))
 
 
-def test_report_says_what_was_run_and_labels_best_last_and_refined():
+def test_report_says_what_was_run_and_labels_best_and_last():
     def scores(value, epoch):
-        rows = [one_score(value, subject="S9", action="Walking"),
-                one_score(value, 30, subject="S11", action="Photo")]
+        rows = [one_score(value, 40, subject="S9", action="Walking")]
         return {**evaluation.headline(rows, "h36m"), "rows": rows, "epoch": epoch}
-    last = scores(44.0, 7)
-    more = dict(seed=2, commit="abc1234", device="NVIDIA H100", precision="tf32", micro_batch=64,
-                compile=True, torch="2.13", python="3.12", parameters=4790406, epochs=80.0,
-                seconds=90.0, settings_changed="lr 1 (published: 0.001)", best=scores(41.0, 5),
-                refined=scores(33.0, 7), yardsticks={"mean_pose": 173.31, "affine": 69.9},
+    more = dict(seed=2, commit="abc1234", device="NVIDIA H100", epochs=80.0, seconds=90.0,
+                settings_changed="lr 1", best=scores(41.0, 5),
+                yardsticks={"mean_pose": 173.31, "affine": 69.9},
                 autogrids={"cells_changed": 4, "dropped": [3], "layout": []})
-    text = report(result_of(eval_recipe(row="the row"), last["rows"], **more))
-    for fact in ("## tiny, seed 2: the row", "abc1234", "NVIDIA H100", "tf32", "micro batch: 64",
-                 "compile: True", "2.13", "3.12", "4790406", "epochs: 80", "minutes: 1.5",
-                 "lr 1 (published: 0.001)", "4 cells changed", "dropped: 3", "40 test frames",
-                 "this model 44.00 mm", "173.31", "69.90"):
+    text = report(result_of(eval_recipe(), scores(44.0, 7)["rows"], **more))
+    for fact in ("seed 2", "abc1234", "NVIDIA H100", "epochs: 80", "minutes: 1.5", "lr 1",
+                 "cells changed: 4", "dropped: [3]", "40 test frames", "173.31", "69.90"):
         assert fact in text, fact
-    _, *parts = text.split("### ")
-    assert [part[:4] for part in parts] == ["Best", "Last", "Last"]
-    assert "true root position and the intrinsics" in parts[2].split("\n")[0]
-    assert "(5)" in parts[0] and "(7)" in parts[1]
-    assert "41.00" in parts[0] and "44.00" in parts[1] and "33.00" in parts[2]
-    same = dict(best=last, yardsticks={"affine": None})
-    text = report(result_of(eval_recipe(), last["rows"], **same))
-    assert text.count("### ") == 1 and "and the last" in text and "yardstick" not in text
+    _, best, final = text.split("### ")
+    assert "(5)" in best and "41.00" in best
+    assert "(7)" in final and "44.00" in final
 
 
-def test_report_of_humaneva_by_action_and_subject_and_of_3dhp_by_sequence_and_scene():
-    rows = [one_score(value + i, frames, subject=f"Validate/S{i}", action=action)
-            for action, value in (("Walking", 20.0), ("Jog", 40.0)) for i in (1, 2, 3)
-            for frames in (3, 5)]
+def test_report_of_humaneva_by_action_and_subject_and_of_3dhp_by_sequence():
+    pairs = [(action, i) for action in ("Walking", "Jog") for i in (1, 2, 3)]
+    rows = [one_score(20.0 * len(action) + i, subject=f"Validate/S{i}", action=action)
+            for action, i in pairs for chunk in range(2)]
     recipe = eval_recipe(name="glagcn-humaneva-gt", data="humaneva", paper_p_mpjpe=9.2)
-    text = report(result_of(recipe, rows, kind="humaneva", test_data=OUR_EVA))
+    text = report(result_of(recipe, rows, kind="humaneva", test_data=EVA_FILES))
     table = table_rows(text)
     assert table["action and subject"][3] == "P-MPJPE, paper"
-    assert table["Jog S2"][:4] == ["8", "42.00", "32.00", "8.20"]
-    assert table["Walking S3"][3] == "11.50"
-    assert table["average over both"][:4] == ["48", "32.00", "22.00", "9.20"]
-    assert "last one alone" in text
-    rows = [one_score(60.0, subject=name, action=name, scene=scene, pck=90.0 + i, auc=50.0)
-            for i, (name, scene) in enumerate(evaluation.SCENES_3DHP.items(), 1)]
-    recipe = eval_recipe(name="glagcn-3dhp-27", data="3dhp", paper_mpjpe=31.36, paper_pck=98.19,
-                         paper_auc=76.53)
+    assert table["Jog S2"][:4] == ["20", "62.00", "52.00", "8.20"]
+    assert table["average over both"][:4] == ["120", "102.00", "92.00", "9.20"]
+    rows = [one_score(60.0, subject=f"TS{i}", action=f"TS{i}", pck=90.0 + i, auc=50.0)
+            for i in range(1, 7)]
+    recipe = eval_recipe(data="3dhp", paper_mpjpe=31.36, paper_pck=98.19)
     text = report(result_of(recipe, rows, kind="", test_data=TEST_3DHP))
     table = table_rows(text)
-    assert table["sequence"][:7] == ["frames", "MPJPE", "MPJPE, paper", "PCK", "PCK, paper",
-                                     "AUC", "AUC, paper"]
-    assert table["outdoor"][3] == "95.50" and table["TS2"][3] == "92.00"
-    assert table["all frames"][:7] == ["60", "60.00", "31.36", "93.50", "98.19", "50.00", "76.53"]
+    assert table["TS2"][3] == "92.00"
+    whole = ["60", "60.00", "31.36", "93.50", "98.19", "50.00"]
+    assert table["all frames"][:6] == whole
 
 
 def test_printed_rows_average_to_their_printed_average():
@@ -4434,12 +3541,6 @@ def test_printed_rows_average_to_their_printed_average():
         for row in metrics.values():
             assert len(row) == (7 if "humaneva" in name else 16)
             assert np.mean(row[:-1]) == pytest.approx(row[-1], abs=0.1), name
-
-
-def test_markdown_aligns_figures_right_and_words_left():
-    table = evaluation.markdown(["name", "mm"], [["a", 1.0], ["longer", None]])
-    assert table == ("| name   |   mm |\n| ------ | ---: |\n"
-                     "| a      | 1.00 |\n| longer |    - |")
 
 
 # ---- looking inside
@@ -4467,25 +3568,9 @@ def test_inspect_of_a_learnt_grid_by_loops(tmp_path):
     assert absent and f"dropped joints: {', '.join(absent)}\n" in text
     changed = sum(a != b for a, b in zip(start, held))
     assert f"cells changed from the start, of 25: {changed}\n" in text
-    learnt = evaluation.learnt_grid(load_model(tmp_path / "m.pt"))
-    assert (learnt["cells_changed"], sum(learnt["layout"], [])) == (changed, held)
 
 
 # ---- the command line
-
-def plain_3dhp(model, raw):
-    """{sequence: errors (valid frames, 17) in mm} of a model of h36m17 on 3DHP's raw views."""
-    errors, order = {}, [14, 8, 9, 10, 11, 12, 13, 15, 1, 16, 0, 5, 6, 7, 2, 3, 4]
-    for name, view in raw.test_3dhp.items():
-        w, h = (1920, 1080) if name in ("TS5", "TS6") else (2048, 2048)
-        pixels = (view["data_2d"][:, order] - [w / 2, h / 2]) / (max(w, h) / 2)
-        with torch.no_grad():
-            pose = 1000 * model(torch.tensor(pixels, dtype=torch.float32)).numpy()
-        pose[:, 0] = 0
-        target = (view["data_3d"] - view["data_3d"][:, 14:15])[:, order]
-        errors[name] = np.linalg.norm(pose - target, axis=-1)[view["valid"] == 1]
-    return errors
-
 
 def plain_h36m(model, raw):
     """{action: the views' errors (frames,) in mm} of a model on Human3.6M's raw test views."""
@@ -4506,97 +3591,75 @@ def plain_h36m(model, raw):
 
 def test_evaluating_on_human36m_by_plain_arithmetic(everything, tmp_path, monkeypatch):
     folder, raw = everything
-    model = shaken_network(name="gridconv-gt", paper_mpjpe=37.1, row="Table 5")
+    model = shaken_network(name="gridconv-gt", paper_mpjpe=37.1)
     save_model(tmp_path / "m.pt", model, data="Human3.6M")
-    words, figures = (tmp_path / "m.pt", "--data", folder), tmp_path / "deep" / "figures.json"
-    status, text, _ = command("eval.py", *words, "--json", figures)
-    kept, errors, table = json.loads(figures.read_text()), plain_h36m(model, raw), table_rows(text)
-    assert status == 0
+    figures = tmp_path / "deep" / "figures.json"
+    words = ("eval.py", tmp_path / "m.pt", "--data", folder, "--json", figures)
+    status, text, _ = command(*words)
+    kept, errors = json.loads(figures.read_text()), plain_h36m(model, raw)
+    table = table_rows(text)
+    assert status == 0 and "without flips" in text
     for name, values in errors.items():
         assert float(table[name][1]) == pytest.approx(values.mean(), abs=0.01)
     average = np.mean([values.mean() for values in errors.values()])
     assert kept["last"]["mpjpe"] == pytest.approx(average, rel=1e-4)
-    assert f"this model {np.concatenate(list(errors.values())).mean():.2f} mm" in text
+    pooled = np.concatenate(list(errors.values())).mean()
+    assert f"this model {pooled:.2f} mm" in text
     assert f"{kept['yardsticks']['affine']:.2f} mm" in text
-    assert kept["compares"] is False and "not Human3.6M" in text  # a miniature is none
-    assert "37.10" not in text
+    assert "not Human3.6M" in text and "37.10" not in text  # a miniature is none
+    _, text, _ = command(*words, "--flip")
+    flipped = json.loads(figures.read_text())["last"]["mpjpe"]
+    assert "with flips" in text and flipped != kept["last"]["mpjpe"]
     monkeypatch.setattr(data, "provenance", lambda sequences: "Human3.6M")
-    _, text, _ = command("eval.py", *words)
-    assert table_rows(text)["average over actions"][2] == "37.10"
-    assert "not Human3.6M" not in text
-    _, text, _ = command("eval.py", *words, "--keypoints", "hrnet")
+    assert "37.10" in command(*words)[1]
+    _, text, _ = command(*words, "--keypoints", "hrnet")
     assert "37.10" not in text and "do not compare" in text  # other 2D than was trained on
 
 
 def test_a_release_is_evaluated_on_another_dataset(everything, tmp_path):
-    folder, raw = everything
-    path = tmp_path / "best.pth.tar"
+    path, raw, errors = tmp_path / "best.pth.tar", everything[1], {}
     save_released(path, released_gridconv("dynamic"))
-    words = (path, "--padding", "circular,zeros", "--data", folder, "--dataset")
+    shutil.copy(everything[0] / "data_test_3dhp.npz", tmp_path)
+    words = (path, "--padding", "circular,zeros", "--data", tmp_path, "--dataset")
     status, text, err = command("eval.py", *words, "3dhp")
-    assert (status, err) == (0, "")
-    errors = plain_3dhp(load_model(path, padding=("circular", "zeros")), raw)
-    table = table_rows(text)
+    assert status == 0 and "no yardsticks" in err and "yardstick" not in text
+    model = load_model(path, padding=("circular", "zeros"))
+    order = [14, 8, 9, 10, 11, 12, 13, 15, 1, 16, 0, 5, 6, 7, 2, 3, 4]
+    for name, view in raw.test_3dhp.items():
+        w, h = (1920, 1080) if name in ("TS5", "TS6") else (2048, 2048)
+        pixels = (view["data_2d"][:, order] - [w / 2, h / 2]) / (max(w, h) / 2)
+        with torch.no_grad():
+            pose = 1000 * model(torch.tensor(pixels).float()).numpy()
+        pose[:, 0] = 0
+        target = (view["data_3d"] - view["data_3d"][:, 14:15])[:, order]
+        errors[name] = np.linalg.norm(pose - target, axis=-1)[view["valid"] == 1]
     counted = [1, 2, 3, 4, 5, 6, 8, 10, 11, 12, 13, 14, 15, 16]
-    groups = {"TS2": ["TS2"], "outdoor": ["TS5", "TS6"], "all frames": list(errors)}
+    groups = {"TS2": ["TS2"], "all frames": list(errors)}
     for name, parts in groups.items():
         some = np.concatenate([errors[part] for part in parts])
         shares = [100 * np.mean(some[:, counted] < k) for k in range(0, 151, 5)]
         wanted = [len(some), some.mean(), shares[-1], np.mean(shares)]
-        assert [float(cell) for cell in table[name][:4]] == pytest.approx(wanted, abs=0.01)
+        cells = [float(cell) for cell in table_rows(text)[name][:4]]
+        assert cells == pytest.approx(wanted, abs=0.01)
     assert "not Human3.6M" in text and "paper |" not in text
     refused("eval.py", *words, "humaneva", names=["h36m17", "humaneva15"])
-
-
-def test_flips_and_missing_training_data_are_said(everything, tmp_path, monkeypatch):
-    save_model(tmp_path / "m.pt", shaken_network(flip_test=True, data="mocap"))
-    words = ("eval.py", tmp_path / "m.pt", "--data", everything[0])
-    kept, figures = tmp_path / "f.json", []
-    for option, word in ((), "with flips"), (("--no-flip",), "without flips"):
-        status, text, _ = command(*words, "--json", kept, *option)
-        assert status == 0 and word in text
-        figures.append(json.loads(kept.read_text())["last"]["mpjpe"])
-    assert figures[0] != figures[1]
-    whole = data.make_store
-
-    def test_only(recipe, folder, split, device="cpu"):
-        if split == "train":
-            raise InputError("data_train: not found")
-        return whole(recipe, folder, split, device)
-    monkeypatch.setattr(data, "make_store", test_only)
-    status, text, err = command(*words)
-    assert status == 0 and "no yardsticks: data_train" in err and "yardstick" not in text
 
 
 @pytest.mark.parametrize("words, names", [
     ("lfit clip.json", ["unknown command 'lfit'", "lift"]),
     ("", ["checkpoint"]),
     ("inspect nowhere.pt", ["nowhere.pt", "not found"]),
-    ("cut.pt", ["cut.pt"]),
-    ("folder", ["folder"]),
-    ("m.pt --size 3", ["--size"]),
     ("m.pt --filter-widths 3,x", ["--filter-widths"]),
-    ("m.pt --dataset coco", ["coco"]),
-    ("m.pt --device tpu", ["--device tpu"]),
-    ("m.pt --padding zeros", ["padding", "leave the option out"]),
     ("m.pt --data nowhere", ["nowhere"]),
     ("m.pt --keypoints psychic", ["psychic"]),
     ("m.pt --cameras random --dataset 3dhp", ["random cameras"])])
 def test_bad_commands_of_eval_end_in_one_line(words, names, everything, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_model(Path("m.pt"), build_model(eval_recipe()))
-    Path("cut.pt").write_bytes(Path("m.pt").read_bytes()[:3000])
-    Path("folder").mkdir()
     words = words.split()
     if "m.pt" in words[:1]:
         words[1:1] = ["--data", everything[0]]
     refused("eval.py", *words, names=names)
-
-
-def test_help_names_every_command():
-    status, out, _ = command("eval.py", "--help")
-    assert status == 0
-    assert all(word in out for word in ("inspect", "lift", "--padding", "--keypoints"))
 
 
 # ---- a drawn person and the layouts that detectors write
@@ -4604,23 +3667,28 @@ def test_help_names_every_command():
 SIZE = (1280, 720)
 COCO_JOINTS = SKELETONS["coco17"].joints
 # COCO's joint at each place of OpenPose's two layouts and of MediaPipe's; -1: none
-BODY_25 = [0, -1, 6, 8, 10, 5, 7, 9, -1, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3, *[-1] * 6]
+BODY_25 = [0, -1, 6, 8, 10, 5, 7, 9, -1, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3]
+BODY_25 += [-1] * 6
 COCO_18 = [0, -1, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3]
 MEDIAPIPE = [0, -1, 1, -1, -1, 2, -1, 3, 4, -1, -1, *range(5, 11), *[-1] * 6,
              *range(11, 17), *[-1] * 4]
 MARK = "x", "y", "z", "visibility"
-KP_CSV = ",".join(f"{part}_{k}" for k in range(33) for part in MARK) + "\n"
+KP_CSV = ",".join(f"{part}_{k}" for k in range(33) for part in MARK)
 
 
 def kp_body(frames=12, seed=0, size=SIZE):
     """COCO-17 keypoints (T, 17, 3) of a body of 300 pixels that sways, in eighths of a pixel."""
     place = dict(nose=(0, -140), eye=(8, -150), ear=(16, -145), shoulder=(40, -110),
-                 elbow=(55, -50), wrist=(60, 5), hip=(25, 0), knee=(28, 75), ankle=(30, 150))
+                 elbow=(55, -50), wrist=(60, 5), hip=(25, 0), knee=(28, 75),
+                 ankle=(30, 150))
     sign = {"left": 1, "right": -1}
-    parts = [name.split("_") for name in COCO_JOINTS]
-    body = np.array([np.multiply(place[part[-1]], (sign.get(part[0], 0), 1)) for part in parts])
+    body = []
+    for side, _, part in (name.rpartition("_") for name in COCO_JOINTS):
+        x, y = place[part]
+        body.append((sign.get(side, 0) * x, y))
     rng, time = np.random.default_rng(seed), np.arange(frames)[:, None, None]
-    moved = body + np.array(size) / 2 + 20 * np.sin(time / 5 + rng.uniform(0, 6, (17, 2))) + time
+    sway = 20 * np.sin(time / 5 + rng.uniform(0, 6, (17, 2)))
+    moved = body + np.array(size) / 2 + sway + time
     scores = rng.integers(1, 64, (frames, 17, 1)) / 64
     return np.concatenate((np.round(8 * moved) / 8, scores), 2)
 
@@ -4666,8 +3734,8 @@ def kp_named(entries, names):
 
 def kp_instance(points, **more):
     """A person as MMPose writes them."""
-    return {"keypoints": points[:, :2].tolist(), "keypoint_scores": points[:, 2].tolist(),
-            "bbox": [[0, 0, 9, 9]], **more}
+    rows, scores = points[:, :2].tolist(), points[:, 2].tolist()
+    return dict(more, keypoints=rows, keypoint_scores=scores, bbox=[[0, 0, 9, 9]])
 
 
 def kp_label(points, *rest):
@@ -4678,9 +3746,9 @@ def kp_label(points, *rest):
 
 def kp_openpose(layout, body):
     """What OpenPose writes of each frame."""
-    flat = kp_as(layout, body).reshape(len(body), -1).tolist()
-    return [dict(version=1.3, people=[dict(person_id=[-1], pose_keypoints_2d=points)])
-            for points in flat]
+    people = [dict(person_id=[-1], pose_keypoints_2d=points.flatten().tolist())
+              for points in kp_as(layout, body)]
+    return [dict(people=[person]) for person in people]
 
 
 def kp_objects(entries):
@@ -4709,57 +3777,55 @@ def kp_videopose3d(body, joints="coco", **videos):
     return dict(positions_2d=np.array(videos, object), metadata=np.array(metadata, object))
 
 
-def kp_files(pattern, contents):
-    """{name: content} of numbered images."""
-    return {pattern.format(t): content for t, content in enumerate(contents)}
+def kp_annotations(body):
+    """COCO annotations of a body's images, which are numbered from 70 down."""
+    images = [dict(id=70 - t, width=1280, height=720, file_name=f"a/{t:06d}.jpg")
+              for t in range(len(body))]
+    no_person = dict(image_id=70, category_id=18, bbox=[0, 0, 1, 1])
+    entries = kp_named(kp_list(body), range(70, 0, -1))
+    return dict(images=images[::-1], annotations=[no_person, *entries])
 
 
 def kp_formats(body):
     """{format: {file's name: content}}: a person as each detector writes them."""
-    coco, flat = kp_list(body), body.reshape(len(body), -1).tolist()
-    images = [dict(id=70 - t, width=1280, height=720) for t in range(len(body))]
-    with_names = [dict(image, file_name=f"a/{t:06d}.jpg") for t, image in enumerate(images)]
-    annotations = kp_named(coco, range(70, 0, -1))
-    other = dict(image_id=70, category_id=18, bbox=[0, 0, 1, 1])
-    alphapose = kp_named(kp_list(body, idx=[7.0]), (f"clip2_{t:03d}.jpg" for t in range(70)))
-    bodies = [dict(version="AlphaPose v0.3", bodies=[dict(joints=points)]) for points in flat]
-    mmpose = [kp_instance(points) for points in body]
-    video = [dict(frame_id=t, instances=[person]) for t, person in enumerate(mmpose)]
-    numbered = [dict(frame_id=t + 1, instances=[dict(person, track_id=7)])
-                for t, person in enumerate(mmpose)]
-    by_axis = [dict(zip(("x", "y", "visible"), points.T.tolist())) for points in body]
-    yolo = [[dict(name="person", box=dict(x1=0), keypoints=points)] for points in by_axis]
+    names = [f"clip2_{t:03d}.jpg" for t in range(len(body))]
+    flat = body.reshape(len(body), -1).tolist()
+    bodies = [dict(bodies=[dict(joints=points)]) for points in flat]
+    mmpose = [kp_instance(points, track_id=7) for points in body]
+    video = [dict(frame_id=t + 1, instances=[one]) for t, one in enumerate(mmpose)]
+    axes = [dict(zip(("x", "y", "visible"), points.T.tolist())) for points in body]
+    yolo = [[dict(box=dict(x1=0), keypoints=points)] for points in axes]
     marks = np.insert(kp_as(MEDIAPIPE, body) / (*SIZE, 1), 2, -0.1, axis=-1)
-    parts = [[dict(zip(MARK, mark)) for mark in person] for person in marks.tolist()]
-    rows = [",".join(map(str, row)) + "\n" for row in marks.reshape(len(body), -1).tolist()]
-    files = {
-        "coco": coco,
-        "annotations": dict(images=with_names[::-1], annotations=[other, *annotations]),
-        "nameless images": dict(images=images, annotations=annotations),
-        "alphapose": alphapose,
-        "alphapose open": kp_files("{}.jpg", bodies),
-        "alphapose people": kp_files("{}.jpg", kp_openpose(COCO_18, body)),
-        "mmpose video": dict(meta_info=dict(dataset_name="coco"), instance_info=video),
-        "mmpose list": numbered,
+    parts = [[dict(zip(MARK, mark)) for mark in one] for one in marks.tolist()]
+    lines = [",".join(map(str, one.flatten().tolist())) for one in marks]
+    whole = {
+        "coco": kp_list(body),
+        "annotations": kp_annotations(body),
+        "alphapose": kp_named(kp_list(body, idx=[7.0]), names),
+        "alphapose open": dict(zip(names, bodies)),
+        "alphapose people": dict(zip(names, kp_openpose(COCO_18, body))),
+        "mmpose video": dict(meta_info={}, instance_info=video),
+        "mmpose list": video,
         "ultralytics": [[dict(person, track_id=1)] for person, in yolo],
-        "mediapipe": [dict(frame=t, landmarks=person) for t, person in enumerate(parts)],
-        "mediapipe tasks": [dict(pose_landmarks=[person]) for person in parts]}
-    infos = [dict(meta_info={}, instance_info=[person]) for person in mmpose]
-    openpose = kp_files("v_{:012d}_keypoints.json", kp_openpose(BODY_25, body))
+        "mediapipe": [dict(frame=t, landmarks=one) for t, one in enumerate(parts)],
+        "mediapipe tasks": [dict(pose_landmarks=[one]) for one in parts]}
+    of_images = {
+        "mmpose images": ("{:06d}.json", [[one] for one in mmpose]),
+        "mmpose infos": ("r_{}.json", [dict(instance_info=[one]) for one in mmpose]),
+        "openpose": ("v_{:012d}_keypoints.json", kp_openpose(BODY_25, body)),
+        "ultralytics images": ("im{}.json", yolo),
+        "labels": ("v_{}.txt", [kp_label(points) for points in body]),
+        "labels, number": ("v_{}.txt", [kp_label(points, 0.5, 7) for points in body])}
+    folders = {kind: {pattern.format(t): content for t, content in enumerate(contents)}
+               for kind, (pattern, contents) in of_images.items()}
+    folders["openpose"][".DS_Store"] = b"\0"
     return {
-        **{kind: {"k.json": content} for kind, content in files.items()},
-        "mmpose images": kp_files("{:06d}.json", [[person] for person in mmpose]),
-        "mmpose infos": kp_files("results_{}.json", infos),
-        "openpose": {".DS_Store": b"\0", **openpose},
-        "openpose 18": kp_files("v_{}_keypoints.json", kp_openpose(COCO_18, body)),
-        "ultralytics images": kp_files("im{}.json", yolo),
-        "labels": kp_files("v_{}.txt", [kp_label(points) for points in body]),
-        "labels, confidence": kp_files("v_{}.txt", [kp_label(points, 0.5) for points in body]),
-        "labels, number": kp_files("v_{}.txt", [kp_label(points, 0.5, 7) for points in body]),
-        "mediapipe csv": {"k.csv": KP_CSV + "".join(rows)},
+        **{kind: {"k.json": content} for kind, content in whole.items()},
+        **folders,
+        "mediapipe csv": {"k.csv": "\n".join([KP_CSV, *lines, ""])},
         "mediapipe array": {"k.npy": marks},
         "array": {"k.npy": body},
-        "named array": {"k.npz": dict(other=body[:3], keypoints=body.astype(np.float32))},
+        "named array": {"k.npz": dict(other=body[:3], keypoints=body)},
         "stack": {"k.npy": np.stack((np.zeros_like(body), body), 1)},
         "array of 25": {"k.npy": kp_as(BODY_25, body)},
         "detectron2": {"k.npz": kp_detectron2(body)},
@@ -4768,8 +3834,8 @@ def kp_formats(body):
 
 BODY = kp_body(3)
 KP_FORMATS = list(kp_formats(BODY))
-KP_SIZED = "annotations", "nameless images", "detectron2", "videopose3d"
-KP_PERSON = {"alphapose": "7", "mmpose list": "7", "labels, number": "7", "videopose3d": "a.mp4"}
+KP_SIZED = "annotations", "detectron2", "videopose3d"
+KP_PERSON = {"alphapose": "7", "labels, number": "7", "videopose3d": "a.mp4"}
 
 
 @pytest.mark.parametrize("kind", KP_FORMATS)
@@ -4777,8 +3843,9 @@ def test_every_format_gives_the_same_track(kind, tmp_path):
     body = kp_body()
     tracks = read_keypoints(kp_write(tmp_path, kp_formats(body)[kind]))
     assert len(tracks) == (2 if kind == "detectron2" else 1)
-    track = min(tracks, key=lambda track: track.keypoints[0, 0, 0])  # the one on the left
-    assert track.person == KP_PERSON.get(kind, "1") and track.step == 1
+    track = min(tracks, key=lambda track: track.keypoints[0, 0, 0])  # the left one
+    assert track.person == KP_PERSON.get(kind, "7" if "mmpose" in kind else "1")
+    assert track.step == 1
     assert track.frames == list(range(track.frames[0], track.frames[0] + 12))
     assert track.size == (SIZE if kind in KP_SIZED else None)
     assert track.fractions == kind.startswith(("labels", "mediapipe"))
@@ -4788,42 +3855,37 @@ def test_every_format_gives_the_same_track(kind, tmp_path):
 
 def test_seventeen_joints_are_cocos_unless_told(tmp_path):
     body = kp_body()
-    track, = read_keypoints(kp_write(tmp_path, {"k.npz": kp_videopose3d(body, "h36m")}))
-    assert track.joints == "h36m" and np.array_equal(track.keypoints, body)
     assert_allclose(prepare(body, SIZE, "h36m")[0], body[..., :2])
     assert_array_equal(prepare(body, SIZE)[0], prepare(body, SIZE, "coco")[0])
-    videos = kp_videopose3d(body, **{"b.mp4": {"custom": [body[:5], body]}})
+    videos = kp_videopose3d(body, "h36m", **{"b.mp4": {"custom": [body[:5], body]}})
     tracks = read_keypoints(kp_write(tmp_path, {"k.npz": videos}))
-    assert [track.person for track in tracks] == ["a.mp4", "b.mp4 custom 0", "b.mp4 custom 1"]
-    assert len(tracks[1].keypoints) == 5
-
-
-@pytest.mark.parametrize("joints", [26, 133, 136])
-def test_what_begins_with_cocos_joints_is_read_for_them(joints, tmp_path):
-    padded = np.pad(BODY, ((0, 0), (0, joints - 17), (0, 0)))
-    track, = read_keypoints(kp_json(tmp_path, kp_list(padded)))
-    assert np.array_equal(track.keypoints, BODY) and track.joints == "coco"
+    people = [track.person for track in tracks]
+    assert people == ["a.mp4", "b.mp4 custom 0", "b.mp4 custom 1"]
+    assert tracks[0].joints == "h36m" and np.array_equal(tracks[0].keypoints, body)
+    wide = np.pad(body, ((0, 0), (0, 133 - 17), (0, 0)))  # COCO-WholeBody begins with COCO's
+    track, = read_keypoints(kp_json(tmp_path, kp_list(wide)))
+    assert np.array_equal(track.keypoints, body) and track.joints == "coco"
 
 
 def test_a_frame_column_of_csv_and_images_without_a_name_number_frames(tmp_path):
-    header, *rows = kp_formats(BODY)["mediapipe csv"]["k.csv"].splitlines(keepends=True)
-    rows = [f"{2 * t + 7},{row}" for t, row in enumerate(rows)]
-    track, = read_keypoints(kp_write(tmp_path, {"f.csv": "frame," + header + "".join(rows)}))
+    header, *rows = kp_formats(BODY)["mediapipe csv"]["k.csv"].splitlines()
+    lines = ["frame," + header, *(f"{2 * t + 7},{row}" for t, row in enumerate(rows))]
+    track, = read_keypoints(kp_write(tmp_path, {"f.csv": "\n".join(lines)}))
     assert (track.frames, track.step) == ([7, 9, 11], 2)
     assert_allclose(track.keypoints * (*SIZE, 1), BODY, atol=1e-4)
     images = [dict(id=t, file_name=None) for t in range(3)]
-    track, = read_keypoints(kp_json(tmp_path, dict(images=images, annotations=kp_list(BODY))))
+    nameless = dict(images=images, annotations=kp_list(BODY))
+    track, = read_keypoints(kp_json(tmp_path, nameless))
     assert (track.frames, track.step) == ([0, 1, 2], 1)
 
 
 def test_landmarks_without_visibility_have_a_depth_instead(tmp_path):
-    pixels = kp_as(MEDIAPIPE, BODY)
     for depth, sure in ((-0.5, 1), (0.5, 0.5)):  # depth about the hips has both signs
-        points = pixels / (*SIZE, 1)
+        points = kp_as(MEDIAPIPE, BODY) / (*SIZE, 1)
         points[..., 2] = depth
         track, = read_keypoints(kp_write(tmp_path, {"k.npy": points}))
         assert (track.keypoints[..., 2] == sure).all() and track.fractions
-    track, = read_keypoints(kp_write(tmp_path, {"k.npy": pixels}))
+    track, = read_keypoints(kp_write(tmp_path, {"k.npy": kp_as(MEDIAPIPE, BODY)}))
     assert np.array_equal(track.keypoints, BODY) and not track.fractions
 
 
@@ -4834,34 +3896,20 @@ def test_the_files_own_people_are_kept(tmp_path, capsys):
     entries = kp_list(one, track_id=3) + kp_list(two, skip=(0, 1, 6, 11), track_id="b")
     a, b, other = read_keypoints(kp_json(tmp_path, entries + kp_list(one + (-300, 0, 0))))
     assert [a.person, b.person, other.person] == ["3", "b", "untracked 1"]
-    assert b.frames == list(range(2, 11))
+    assert b.frames == list(range(2, 11)) and capsys.readouterr().err == ""
     two[6] = np.nan
     assert_array_equal(a.keypoints, one)
     assert_array_equal(b.keypoints, two[2:11])
-    assert capsys.readouterr().err == ""
 
 
 def test_the_best_scored_of_a_number_is_taken(tmp_path, capsys):
     one, two = kp_body(seed=1), kp_body(seed=2)
     entries = kp_list(one, track_id=3, score=0.5) + kp_list(two, track_id=3, score=0.6)
-    for t in (0, 5, 10):
-        entries[t]["score"] = 0.7
-        two[t] = one[t]
+    entries[5]["score"] = 0.7
+    two[5] = one[5]
     track, = read_keypoints(kp_json(tmp_path, entries))
     assert_array_equal(track.keypoints, two)
     assert "12 times" in capsys.readouterr().err
-    photo, = read_keypoints(kp_json(tmp_path, kp_named(entries[:1] + entries[12:13], ["a", "a"])))
-    assert_array_equal(photo.keypoints, one[:1])
-    assert "1 times" in capsys.readouterr().err
-
-
-def test_large_numbers_and_odd_names_of_people(tmp_path):
-    names = {17000000001: "17000000001", 17000000002: "17000000002", "Ann\n\tBee": "Ann Bee",
-             "\x1b[31m": r"\x1b[31m", "\ud83d": r"\ud83d", "x" * 100: "x" * 100}
-    entries = [entry for number in names for entry in kp_list(BODY, track_id=number)]
-    entries += kp_list(BODY, track_id=[[8.0]], score=None)
-    tracks = read_keypoints(kp_json(tmp_path, entries))
-    assert [track.person for track in tracks] == [*names.values(), "8"]
 
 
 def kp_frames(*people):
@@ -4871,25 +3919,26 @@ def kp_frames(*people):
     for t in range(len(people[0])):
         seen = [person[t] for person in people if np.isfinite(person[t]).any()]
         rng.shuffle(seen)
-        frames.append(dict(frame_id=t, instances=[kp_instance(points) for points in seen]))
+        instances = [kp_instance(points) for points in seen]
+        frames.append(dict(frame_id=t, instances=instances))
     return frames
 
 
 def kp_walk(start, step, frames=40, seed=0):
     """A body whose middle goes from `start` by `step` a frame."""
     body = kp_body(frames, seed, size=(0, 0))
-    body[..., :2] += np.array(start) + np.arange(frames)[:, None, None] * (np.array(step) - 1)
+    time = np.arange(frames)[:, None, None]
+    body[..., :2] += np.array(start) + time * (np.array(step) - 1)
     return body
 
 
 @pytest.mark.parametrize("walk, other", [
-    ((7, 0), dict(start=(700, 400), step=(0, 0))),
-    ((7, 0), dict(start=(800, 420), step=(-11, 0))),
-    ((7, 0), dict(start=(800, 400), step=(-11, 0), seed=0)),
-    ((7, 0), dict(start=(500, 400), step=(4, 1))),
-    ((60, 0), dict(start=(500, 400), step=(60, 0), seed=0))], ids=str)  # one's next is two's last
+    ((7, 0), dict(start=(700, 400), step=(0, 0), seed=1)),
+    ((7, 0), dict(start=(800, 400), step=(-11, 0))),
+    ((60, 0), dict(start=(500, 400), step=(60, 0)))], ids=str)  # one's next is two's last
 def test_people_without_numbers_are_followed(walk, other, tmp_path):
-    one, two = kp_walk((400, 400), walk), kp_walk(**{"seed": 1, **other})
+    one, two = kp_walk((400, 400), walk), kp_walk(**other)
+    one[10:14, 5:] = 0  # a head alone
     two[35:] = np.nan  # the shorter one
     first, second = read_keypoints(kp_json(tmp_path, kp_frames(one, two)))
     assert first.person == "1" and np.array_equal(first.keypoints, one)
@@ -4904,22 +3953,13 @@ def test_a_person_ends_after_a_gap(tmp_path):
     body[20 + gap] = np.nan
     tracks = read_keypoints(kp_json(tmp_path, kp_frames(body)))
     assert [track.frames[0] for track in tracks] == [21 + gap, 0]  # by length
-    assert len(tracks[1].frames) == 20
-
-
-def test_a_person_who_is_hidden_in_part_is_followed(tmp_path):
-    one, two = kp_walk((400, 400), (7, 0)), kp_walk((700, 400), (0, 0), seed=1)
-    one[10:14, 5:] = 0  # a head alone
-    two[20:30, :11] = 0
-    tracks = read_keypoints(kp_json(tmp_path, kp_frames(one, two)))
-    tracks.sort(key=lambda track: track.keypoints[0, 16, 0])
-    assert_array_equal([track.keypoints for track in tracks], [one, two])
 
 
 @given(st.integers(0, 10 ** 6), st.integers(1, 5), st.integers(1, 6), st.sampled_from([3, 1000]))
 def test_the_assignment_is_the_best_of_all(seed, rows, columns, values):
     rng = np.random.default_rng(seed)
-    for cost in rng.integers(values, size=(10, rows, columns)).astype(float):  # few values: ties
+    # few values: ties
+    for cost in rng.integers(values, size=(10, rows, columns)).astype(float):
         pairs = evaluation.assign(cost)
         total = sum(cost[pair] for pair in pairs)
         for lines in zip(*pairs):  # no row and no column twice
@@ -4933,9 +3973,8 @@ def test_the_assignment_is_the_best_of_all(seed, rows, columns, values):
 # ---- videos and single images
 
 @pytest.mark.parametrize("names, frames", [
-    (range(5, 11), range(5, 11)), ([10, 20, 30, 50, 60, 70], range(10, 71, 10)),
-    ([f"a{t}_x.jpg" for t in range(8, 14)], range(8, 14)), ([0, 1, 2, 3, 4, 9], range(10)),
-    ([f"v.{t}.png" for t in range(6)], range(6)),
+    ([10, 20, 30, 50, 60, 70], range(10, 71, 10)), ([0, 1, 2, 3, 4, 9], range(10)),
+    ([f"a{t}_x.jpg" for t in range(8, 14)], range(8, 14)),
     ([f"v.{t:04d}" for t in range(6)], range(6))], ids=str)
 def test_images_that_number_a_video_are_one(names, frames, tmp_path):
     entries = kp_named(kp_list(kp_body(6), track_id=1), names)
@@ -4946,31 +3985,30 @@ def test_images_that_number_a_video_are_one(names, frames, tmp_path):
 
 @pytest.mark.parametrize("names", [
     [f"{letter}.jpg" for letter in "abcdef"], [139, 285, 632, 724, 776, 785],
-    [f"cam{t}_1.jpg" for t in range(6)], range(0, 600, 100), [0, 1, 2, 3, 4, 10 ** 9],
+    [f"cam{t}_1.jpg" for t in range(6)], range(0, 600, 100),
     ["1.jpg", "01.jpg", "2.jpg", "3.jpg", "4.jpg", "5.jpg"]], ids=str)
 def test_images_that_number_no_video_are_single(names, tmp_path):
     body = kp_body(6)
-    entries = kp_list(body) + kp_list(body + (99, 0, 0), skip=(0, 1, 2, 4, 5), score=0.3)
+    other = body[3:4] + (99, 0, 0)
+    entries = kp_list(body) + kp_list(other, score=0.3)
     one, two = read_keypoints(kp_json(tmp_path, kp_named(entries, [*names, names[3]])))
     assert one.step == 0 and one.frames == [str(name) for name in names]
     assert_array_equal(one.keypoints, body)
     assert two.person == "2" and two.frames == one.frames[3:4]
-    assert_array_equal(two.keypoints, body[3:4] + (99, 0, 0))
+    assert_array_equal(two.keypoints, other)
 
 
 def test_images_of_several_sizes_are_each_normalised_by_their_own(kp_house, tmp_path):
-    body = kp_body(6)
-    sizes = [SIZE, (2560, 1440)] * 3
+    body, sizes = kp_body(6), [SIZE, (2560, 1440)] * 3
+    body[1::2, :, :2] *= 2
     images = [dict(id=t, file_name=f"{t}.jpg", width=width, height=height)
               for t, (width, height) in enumerate(sizes)]
-    body[1::2, :, :2] *= 2
     file = kp_json(tmp_path, dict(images=images, annotations=kp_list(body)))
     small, large = read_keypoints(file)
     assert small.size == SIZE and large.size == (2560, 1440)
     assert small.frames == ["0.jpg", "2.jpg", "4.jpg"]
     out, model = kp_lift(file, size=None), load_model(kp_house.images)
     order = [0, 2, 4, 1, 3, 5]
-    assert out["person"].tolist() == ["1"] * 3 + ["2"] * 3
     assert_array_equal(out["size"], [sizes[t] for t in order])
     poses = [lift(model, body[t:t + 1], sizes[t])[0] for t in order]
     assert_allclose(out["poses"], poses, atol=1e-4)
@@ -4984,10 +4022,12 @@ def kp_h36m(points):
 
     def middle(part):
         return (coco["left_" + part] + coco["right_" + part]) / 2
-    shoulders, hips, nose, eyes = middle("shoulder"), middle("hip"), coco["nose"], middle("eye")
+    shoulders, hips, eyes = middle("shoulder"), middle("hip"), middle("eye")
+    nose = coco["nose"]
     trunk = {"pelvis": hips, "spine": (hips + shoulders) / 2,
              "thorax": shoulders + 1 / 3 * (nose - shoulders) + 2 / 3 * (nose - eyes),
-             "neck": nose * 3 / 4 + shoulders / 4, "head": eyes * 3 / 2 + middle("ear") / 2 - nose}
+             "neck": nose * 3 / 4 + shoulders / 4,
+             "head": eyes * 3 / 2 + middle("ear") / 2 - nose}
     return np.stack([{**coco, **trunk}[joint] for joint in H17.joints])
 
 
@@ -4998,7 +4038,8 @@ NOT_SEEN = [(np.nan, 5, 1), (7, 7, 0), (0, 0, 1), (7, 7, np.nan), (np.inf, 1, 1)
 @given(st.integers(0, 10 ** 6), st.integers(1, 9), st.sampled_from(["coco", "h36m"]))
 def test_what_was_not_seen_is_interpolated_in_time_and_counted(seed, frames, joints):
     rng = np.random.default_rng(seed)
-    keypoints = np.concatenate((rng.uniform(10, 500, (frames, 17, 2)), np.ones((frames, 17, 1))), 2)
+    keypoints = rng.uniform(10, 500, (frames, 17, 3))
+    keypoints[..., 2] = 1
     holes = rng.uniform(size=(frames, 17)) < 0.4
     holes[rng.integers(frames, size=17), range(17)] = False  # each joint is seen once at least
     for (t, j), how in zip(np.argwhere(holes), rng.integers(len(NOT_SEEN), size=holes.size)):
@@ -5009,14 +4050,15 @@ def test_what_was_not_seen_is_interpolated_in_time_and_counted(seed, frames, joi
         after = [s for s in range(t, frames) if not holes[s, j]][:1]
         (a,), (b,) = before or after, after or before
         share = 0 if a == b else (t - a) / (b - a)
-        filled[t, j] = keypoints[a, j, :2] + share * (keypoints[b, j, :2] - keypoints[a, j, :2])
+        start, end = keypoints[[a, b], j, :2]
+        filled[t, j] = start + share * (end - start)
     matrix = np.eye(17) if joints == "h36m" else kp_h36m(np.eye(17))
     pose, gaps = prepare(keypoints, SIZE, joints, min_score=0.25)
     assert_allclose(pose, matrix @ filled)
     assert_array_equal(gaps, [(matrix[:, hole] != 0).any(1) for hole in holes])
 
 
-def test_minus_one_says_not_detected_only_without_scores(tmp_path):
+def test_minus_one_says_not_detected_only_without_scores():
     body = kp_body(6)
     body[2:4, 9] = -1, -1, 1
     gone = body.copy()
@@ -5024,26 +4066,16 @@ def test_minus_one_says_not_detected_only_without_scores(tmp_path):
     with_scores, without = prepare(body, SIZE), prepare(body[..., :2], SIZE)
     assert without[1].sum() == 2 and np.array_equal(without[0], prepare(gone, SIZE)[0])
     assert with_scores[1].sum() == 0 and np.array_equal(with_scores[0][2, 13], (-1, -1))
-    points = body[..., :2].tolist()
-    by_axis = [dict(zip("xy", frame.T.tolist())) for frame in body]
-    for content in ([[dict(keypoints=frame)] for frame in by_axis],
-                    [dict(instances=[dict(keypoints=frame)]) for frame in points]):
-        track, = read_keypoints(kp_json(tmp_path, content))
-        assert_array_equal(track.keypoints[..., :2], gone[..., :2])
 
 
-def test_a_face_seen_in_part_is_enough_and_low_scores_are_gaps():
+def test_a_face_seen_in_part_is_enough():
     body = kp_body()
-    body[..., 2] = 0.8
     body[:, [0, 3], 2] = 0  # nose and left ear never seen
     pose, gaps = prepare(body, SIZE)
     plain = body[..., :2].copy()
     plain[:, [0, 3]] = plain[:, [1, 2, 4]].mean(1, keepdims=True)
     assert_allclose(pose, [kp_h36m(points) for points in plain])
     assert gaps.any(0).nonzero()[0].tolist() == [8, 9, 10]
-    body[3, 9, 2] = 0.3
-    assert not prepare(body, SIZE, min_score=0.2)[1][3, 13]
-    assert prepare(body, SIZE, min_score=0.3)[1][3, 13]
     body[:, 15, 2] = 0
     rejected("left_ankle", prepare, body, SIZE)
 
@@ -5064,47 +4096,32 @@ def test_one_euro_is_casiez_algorithm():
                     a = alpha(cutoff + beta * abs(speed))
                     value = a * x[t, c] + (1 - a) * value
                 assert got[t, c] == pytest.approx(value)
-    noise = 0.01 * np.random.default_rng(1).normal(size=(200, 1))
-    smooth = one_euro(noise, 30.0)
-    assert np.abs(np.diff(smooth, axis=0)).mean() < 0.45 * np.abs(np.diff(noise, axis=0)).mean()
 
 
 # ---- lifting
 
 def kp_model(**fields):
     """A small model with random weights that lifts keypoints."""
-    recipe = tiny_recipe(**{"channels": 4, **fields})
     torch.manual_seed(0)
-    model = build_model(recipe).eval()
-    for name, value in model.state_dict().items():
-        if name.endswith(("weight", "bias", "mean", "var")):
-            value.add_(torch.rand(value.shape) / 10)
-    model.recipe = recipe
+    model = build_model(eval_recipe(**fields)).eval()
+    for value in model.parameters():
+        value.data += torch.rand(value.shape) / 10
     return model
-
-
-def kp_save(path, licence=None, **fields):
-    """A checkpoint of such a model as training writes it, or as it is shipped, with a licence."""
-    model = kp_model(**fields)
-    content = dict(format="poselift", version=1, recipe=dataclasses.asdict(model.recipe), epoch=3,
-                   data="synthetic motion", model=model.state_dict(), licence=licence)
-    path.parent.mkdir(exist_ok=True, parents=True)
-    torch.save(content, path)
-    return path
 
 
 @pytest.fixture(scope="module")
 def kp_models(tmp_path_factory):
     """The folder beside which pretrained models and the page's template are found."""
     folder = tmp_path_factory.mktemp("house")
-    fields = dict(name="glagcn-wild", method="glagcn", filter_widths=(3, 3, 3), normalise="longest")
-    licence = "CC BY-NC 4.0, as Bandai-Namco-Research-Motiondataset-1"
-    video = kp_save(folder / "pretrained" / "glagcn-wild.pt", licence, **fields)
-    fields = dict(name="gridconv-wild", normalise="longest")
-    images = kp_save(folder / "pretrained" / "gridconv-wild.pt", licence, **fields)
     (folder / "docs").mkdir()
     shutil.copy(HERE / "docs" / "viewer.html", folder / "docs")
-    return SimpleNamespace(folder=folder, video=video, images=images)
+    (folder / "pretrained").mkdir()
+    paths = []
+    for method in ("glagcn", "gridconv"):
+        fields = dict(name=f"{method}-wild", normalise="longest", filter_widths=(3, 3, 3))
+        paths.append(folder / "pretrained" / f"{method}-wild.pt")
+        save_model(paths[-1], kp_model(method=method, **fields), licence="CC BY-NC, as Bandai")
+    return SimpleNamespace(folder=folder, video=paths[0], images=paths[1])
 
 
 @pytest.fixture
@@ -5145,28 +4162,28 @@ def kp_page(path):
 
 
 @pytest.mark.parametrize("fields", [
-    dict(), dict(flip_test=True, normalise="width"), dict(method="glagcn", filter_widths=(3, 3)),
-    dict(method="glagcn", filter_widths=(5,), flip_test=True, normalise="longest"),
-    dict(method="glagcn", filter_widths=(3,), causal=True)], ids=str)
+    dict(), dict(flip_test=True, normalise="width"), dict(method="glagcn", causal=True),
+    dict(method="glagcn", filter_widths=(3, 3)),
+    dict(method="glagcn", filter_widths=(5,), flip_test=True, normalise="longest")], ids=str)
 def test_lift_is_the_models_output_for_each_window(fields):
     model, size = kp_model(**fields), (1920, 1080)
-    T, causal, flips = model.receptive_field, model.recipe.causal, model.recipe.flip_test
+    T, flips = model.receptive_field, model.recipe.flip_test
+    before = T - 1 if model.recipe.causal else T // 2
+    sign = torch.tensor([-1.0, 1, 1])
 
     def run(inputs):
         with torch.no_grad():
             return model(inputs[:, 0] if T == 1 else inputs)
     for frames in (1, 2, 4, 5, 12):
-        body = kp_body(frames, size=size)
+        body, want = kp_body(frames, size=size), []
         scaled = (prepare(body, size)[0] - (960, 540)) / 960
-        want = []
+        padded = np.pad(scaled, ((before, T), (0, 0), (0, 0)), mode="edge")
         for t in range(frames):
-            first = t - (T - 1 if causal else T // 2)
-            window = [min(max(s, 0), frames - 1) for s in range(first, first + T)]
-            inputs = torch.tensor(scaled[window], dtype=torch.float32)[None]
-            pose = run(inputs)
+            window = torch.tensor(padded[None, t:t + T]).float()
+            pose = run(window)
             if flips:
-                other = run(inputs[..., H17.mirror, :] * torch.tensor([-1.0, 1]))
-                pose = (pose + other[..., H17.mirror, :] * torch.tensor([-1.0, 1, 1])) / 2
+                other = run(window[..., H17.mirror, :] * sign[:2])
+                pose = (pose + other[..., H17.mirror, :] * sign) / 2
             want.append(pose[0].numpy())
         poses = lift(model, body, size)
         assert poses.dtype == np.float32 and np.abs(poses - want).max() < 1e-5
@@ -5179,17 +4196,13 @@ def test_any_image_is_normalised_as_the_model_was_trained():
     for rule in ("release-500", "longest"):
         model = kp_model(normalise=rule)
         small = lift(model, body, (1000, 1000))
-        for factor, size in ((2, (2000, 2000)), (0.5, (500, 500)), (1, (1000, 400)),
-                             (3, (1200, 3000))):
+        for factor, size in ((2, (2000, 2000)), (1, (1000, 400)), (3, (1200, 3000))):
             moved = body.copy()  # the same picture about another centre
             moved[..., :2] = (body[..., :2] - 500) * factor + np.array(size) / 2
             assert np.abs(lift(model, moved, size) - small).max() < 1e-4, size
         near = np.abs(lift(model, body, (1000, 1002)) - small).max()
         # release-500: Human3.6M's own sizes alike
         assert near < 1e-6 if rule == "release-500" else near > 1e-5
-    width = kp_model(normalise="width")
-    tall = lift(width, body * (2, 2, 1) + (0, 300, 0), (2000, 2600))
-    assert np.abs(tall - lift(width, body, (1000, 1000))).max() < 1e-4
 
 
 def test_lift_in_python_takes_what_the_command_takes(kp_house, tmp_path):
@@ -5207,16 +4220,15 @@ def test_lift_in_python_takes_what_the_command_takes(kp_house, tmp_path):
 
 def test_root_trajectory_is_the_least_squares_solution():
     rng = np.random.default_rng(0)
-    poses, root = rng.normal(0, 0.4, (6, 17, 3)), rng.uniform((-1, -1, 3), (1, 1, 8), (6, 3))
+    poses = rng.normal(0, 0.4, (6, 17, 3))
+    points = poses + rng.uniform((-1, -1, 3), (1, 1, 8), (6, 1, 3))
     focal, centre = 1400.0, np.array((960.0, 540.0))
-    points = poses + root[:, None]
-    exact = focal * points[..., :2] / points[..., 2:] + centre
-    assert_allclose(root_trajectory(exact, poses, focal, centre), root)
-    noisy = exact + rng.normal(0, 5, exact.shape)
-    got = root_trajectory(noisy, poses, focal, centre)
+    image = focal * points[..., :2] / points[..., 2:] + centre
+    image += rng.normal(0, 5, image.shape)
+    got = root_trajectory(image, poses, focal, centre)
     for t in range(6):
         A, b = [], []
-        for (u, v), (x, y, z) in zip((noisy[t] - centre) / focal, poses[t]):
+        for (u, v), (x, y, z) in zip((image[t] - centre) / focal, poses[t]):
             A += [(1, 0, -u), (0, 1, -v)]
             b += [u * z - x, v * z - y]
         assert_allclose(got[t], np.linalg.lstsq(np.array(A), np.array(b), rcond=None)[0])
@@ -5232,14 +4244,12 @@ def test_the_command_writes_everyone_whole(kp_house, tmp_path, capsys):
     one[5] = np.nan
     kp_run(file, "--out", "deep/poses.npz")
     said, result = capsys.readouterr(), data.read_npz("deep/poses.npz")
-    for words in ("person 3: 40 frames, by glagcn-wild; interpolated: 1 whole frames, 0",
-                  "person 10: 9 frames, by gridconv-wild", "49 poses", "1469 pixels"):
+    for words in ("person 3: 40 frames, by glagcn-wild; interpolated: 1 whole frames",
+                  "person 10: 9 frames, by gridconv-wild", "49 poses"):
         assert words in said.out
     assert "person 11: left out" in said.err and said.err.count("\n") == 1
-    assert result["person"].tolist() == ["3"] * 40 + ["10"] * 9
-    assert result["frames"].tolist() == [*range(40), *range(9)] and result["fps"] == 30
+    assert result["frames"].tolist() == [*range(40), *range(9)]
     assert result["interpolated"].all(1).nonzero()[0].tolist() == [5]
-    assert result["interpolated"].sum() == 17
     centre, focal = np.array(SIZE) / 2, math.hypot(*SIZE)
     for person, body, path in (("3", one, kp_house.video), ("10", two, kp_house.images)):
         pose_2d = prepare(body, SIZE)[0]
@@ -5249,8 +4259,6 @@ def test_the_command_writes_everyone_whole(kp_house, tmp_path, capsys):
         assert_allclose(result["poses"][mine], poses, atol=0.51e-4)
         assert_allclose(result["root"][mine], root, atol=0.51e-4)
         assert_allclose(result["keypoints"][mine], pose_2d, atol=0.51e-2)
-    assert set(result["focal"]) == {focal} and result["size"].tolist() == [[1280, 720]] * 49
-    assert str(result["model"]) == "glagcn-wild, gridconv-wild"
 
 
 def test_the_page_holds_the_very_numbers_of_the_poses(kp_house, tmp_path):
@@ -5260,57 +4268,37 @@ def test_the_page_holds_the_very_numbers_of_the_poses(kp_house, tmp_path):
         kp_run(file, "--focal", 1000, "--fps", 25, "--out", out)
     page, arrays = kp_page("a.html"), data.read_npz("a.npz")
     assert page == json.loads(Path("b.json").read_text()) == kp_page("b.html")
-    assert page["format"] == "poselift poses" and page["source"] == "k.json" and page["fps"] == 25
-    for key in ("joints", "left", "right"):
-        assert page[key] == list(getattr(H17, key))
-    assert_array_equal(page["edges"], H17.edges)
+    for key in ("joints", "edges", "left", "right"):
+        assert_array_equal(page[key], getattr(H17, key))
+    assert page["source"] == "k.json" and page["fps"] == 25
     for key in ("joints", "edges", "source", "fps", "model", "licence"):
         assert arrays[key].tolist() == page[key], key
-    assert [person["name"] for person in page["people"]] == ["1", "2"]
-    for person in page["people"]:
-        mine = arrays["person"] == person["name"]
+    for person, name in zip(page["people"], ("1", "2"), strict=True):
+        assert person["size"] == [1280, 720] and person["name"] == name
+        mine = arrays["person"] == name
         for key in ("poses", "root", "keypoints", "interpolated", "frames"):
             assert np.array_equal(arrays[key][mine], person[key]), key
-        assert person["size"] == [1280, 720] and np.abs(person["poses"]).max() > 0.01
-        assert_array_equal(np.round(person["poses"], 4), person["poses"])
-    assert sorted(path.name for path in Path().iterdir()) == ["a.html", "a.npz", "b.html", "b.json"]
 
 
 def test_no_text_can_become_markup(kp_house, tmp_path):
     evil = "</script><script>alert(1)</script><!--&amp;\u2028\u2029 \ud800"
-    files = {"<img src=x>&.json": kp_list(BODY, track_id=evil)}
-    model = kp_save(tmp_path / "m.pt", name="<i>")
-    kp_run(kp_write(tmp_path, files), "--model", model)
+    file = kp_write(tmp_path, {"<img src=x>&.json": kp_list(BODY, track_id=evil)})
+    save_model(tmp_path / "m.pt", kp_model(name="<i>\n"), licence=["CC0"])
+    kp_run(file, "--model", tmp_path / "m.pt")
     page = kp_page("poses.html")
     assert page["source"] == "<img src=x>&.json"
-    assert page["model"] == "<i>" and page["licence"] == "not stated"
+    assert page["model"] == "<i>" and page["licence"] == "['CC0']"
     assert page["people"][0]["name"].startswith("</script><script>alert(1)</script><!--&amp;")
 
 
-SLOT = '<script id="poses" type="application/json">null</script>'
-
-
-@pytest.mark.parametrize("page", [
-    "", SLOT.replace("null", "{}"), 2 * SLOT, SLOT.replace("json", "js")])
-def test_a_page_is_written_whole_or_not_at_all(page, kp_house, kp_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "HERE", tmp_path)
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "viewer.html").write_text(page)
-    Path("poses.html").write_text("before")
-    rejected("viewer.html", kp_run, kp_file, "--model", kp_house.images)
-    assert Path("poses.html").read_text() == "before"
-    assert [path.name for path in Path().iterdir()] == ["poses.html"]
-
-
 @pytest.mark.parametrize("frames, skip, model", [
-    (27, (), "glagcn-wild"), (26, (), "gridconv-wild"), (1, (), "gridconv-wild"),
+    (27, (), "glagcn-wild"), (26, (), "gridconv-wild"),
     (40, range(10, 20), "glagcn-wild"), (40, range(10, 26), "gridconv-wild")])
 def test_the_model_fits_the_track(frames, skip, model, kp_house, tmp_path):
     out = kp_lift(kp_json(tmp_path, kp_list(kp_body(frames), skip, track_id=1)))
     assert str(out["model"]) == model and len(out["poses"]) == frames
-    assert str(out["licence"]).startswith("CC BY-NC 4.0")
-    assert "Bandai-Namco" in str(out["licence"])
-    assert kp_page("poses.html")["licence"] == str(out["licence"])
+    licence = "CC BY-NC, as Bandai"
+    assert str(out["licence"]) == kp_page("poses.html")["licence"] == licence
 
 
 def test_every_fifth_frame_is_a_slower_video(kp_house, tmp_path):
@@ -5324,24 +4312,23 @@ def test_every_fifth_frame_is_a_slower_video(kp_house, tmp_path):
 
 
 def test_single_images_are_lifted_each_on_its_own(kp_house, tmp_path, capsys):
-    body = kp_body(26)
+    body, kept = kp_body(26), np.delete(np.arange(26), 3)
     body[3, 16, 2] = 0  # no ankle there, and none is invented
-    body[4, 0, 2] = 0  # the face has other parts
     names = [f"photo {letter}.jpg" for letter in "abcdefghijklmnopqrstuvwxyz"]
-    file, kept = kp_json(tmp_path, kp_named(kp_list(body), names)), np.delete(np.arange(26), 3)
+    file = kp_json(tmp_path, kp_named(kp_list(body), names))
     out, said = kp_lift(file, "--smooth"), capsys.readouterr()
     assert str(out["model"]) == "gridconv-wild" and "25 single images" in said.out
-    assert "image photo d.jpg left out" in said.err and "right_ankle" in said.err
+    assert "photo d.jpg left out" in said.err and "right_ankle" in said.err
     assert out["frames"].tolist() == [names[t] for t in kept]
     model = load_model(kp_house.images)
     poses = [lift(model, body[t:t + 1], SIZE)[0] for t in kept]
     assert_allclose(out["poses"], poses, atol=6e-5)
-    for file in (file, kp_write(tmp_path, {"k.npy": body[:1]})):
-        rejected(["single images", "27"], kp_run, file, "--model", kp_house.video)
+    rejected(["single images", "27"], kp_run, file, "--model", kp_house.video)
 
 
 def test_without_pretrained_models_one_is_asked_for(kp_house, kp_file, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "HERE", kp_file.parent)
+    monkeypatch.setattr(evaluation, "VIEWER", kp_file.parent / "viewer.html")
     kp_refused(kp_file, names=["glagcn-wild.pt", "--model"])
     kp_run(kp_file, "--model", kp_house.images)
     assert [path.name for path in Path().iterdir()] == ["poses.npz"]
@@ -5349,25 +4336,12 @@ def test_without_pretrained_models_one_is_asked_for(kp_house, kp_file, monkeypat
 
 
 @pytest.mark.parametrize("words", [
-    "k.json --size 1280x720", "--size 1280 720 k.json", "k.json --size 1280 720",
-    "--size=1280x720 k.json", "--size 1280X720.0 k.json", "annotations/k.json"])
-def test_the_size_is_read_in_every_way(words, kp_house, tmp_path):
-    kp_json(Path(), kp_list(BODY))
-    kp_write(Path("annotations"), kp_formats(BODY)["annotations"])
+    "k.json --size 1280x720", "--size 1280 720 k.json", "--size=1280X720.0 k.json", "own.json"])
+def test_the_size_is_read_in_every_way(words, kp_house):
+    kp_write(Path(), {"k.json": kp_list(BODY)})
+    kp_write(Path(), {"own.json": kp_annotations(BODY)})
     lift_command(words.split())
-    result = data.read_npz("poses.npz")
-    assert result["size"].tolist() == [[1280, 720]] * 3
-    model = load_model(kp_house.images)
-    assert_allclose(result["poses"], lift(model, BODY, SIZE), atol=6e-5)
-
-
-def test_what_a_terminal_cannot_show_ends_nothing(kp_house, tmp_path):
-    folder = tmp_path / os.fsdecode(b"\x83A")  # Shift-JIS, no UTF-8
-    file = kp_write(folder, {"\u30ab.json": kp_list(BODY, track_id="\ud83d\u30ab\u0416")})
-    words = ["lift", file, "--size", "1280x720", "--model", kp_house.images, "--device", "cpu"]
-    status, said, _ = command("eval.py", *words, "--out", folder / "p.npz", encoding="ascii")
-    assert status == 0 and r"person \ud83d\u30ab\u0416: 3 frames" in said
-    assert data.read_npz(folder / "p.npz")["person"].tolist() == ["\\ud83d\u30ab\u0416"] * 3
+    assert data.read_npz("poses.npz")["size"].tolist() == [[1280, 720]] * 3
 
 
 # ---- bad input: one clear line, exit 2, nothing written
@@ -5379,109 +4353,44 @@ def kp_refused(file, *options, names, size="1280x720"):
 
 
 @pytest.mark.parametrize("kind", KP_FORMATS)
-@pytest.mark.parametrize("damage", ["truncated", "empty", "nobody", "nan", "cut numbers"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "nobody"])
 def test_each_format_damaged_is_one_line(kind, damage, kp_house, tmp_path):
-    body = kp_body(4)
-    if damage == "nobody":
-        body[...] = 0
-    if damage == "nan":
-        body[:, 16] = np.nan
+    body = kp_body(4) * (damage != "nobody")
     path = kp_write(tmp_path, kp_formats(body)[kind])
     file = sorted(path.glob("[!.]*"))[1] if path.is_dir() else path
     whole = file.read_bytes()
-    damaged = {"truncated": whole[:len(whole) * 2 // 3], "empty": b"",
-               "cut numbers": re.sub(rb"\d\.\d+", b"{}", whole, count=40)}
-    file.write_bytes(damaged.get(damage, whole))
-    nobody_in_one_image = damage == "empty" and file.suffix == ".txt"
-    no_text = damage == "cut numbers" and damaged[damage] == whole
-    if not nobody_in_one_image and not no_text:
-        kp_refused(path, size=None if kind in KP_SIZED else "1280x720", names=path.name)
+    if damage == "truncated":
+        file.write_bytes(whole[:len(whole) * 2 // 3])
+    if damage == "empty":
+        file.write_bytes(b"")
+    if damage != "empty" or file.suffix != ".txt":  # which means nobody in one image
+        size = None if kind in KP_SIZED else "1280x720"
+        kp_refused(path, size=size, names=path.name)
 
 
 KP_ENTRY = kp_list(BODY)[0]
-KP_IMAGE = dict(id=0, width=1280, height=720)
-KP_KINDS = [dict(id=1, name="person", keypoints=["root", "right_hip"])]  # Human3.6M's joints
-KP_META = dict(keypoint_id2name={"0": "root", "1": "right_hip"})
-KP_BAD_JSON = [
-    ([], "no person"),
-    ({"annotations": []}, "no person"),
-    (7, "found 7"),
-    ([[[]]], "found [[[]]]"),
-    ({"a": 1}, 'found {"a": 1}'),
-    ([{"image_id": 0, "score": 0.5}], "entry 0"),
-    ([{**KP_ENTRY, "keypoints": [[1, 2, 3, 4]] * 17}], "entry 0"),
-    ([{**KP_ENTRY, "keypoints": {"x": [1], "y": [1, 2]}}], "entry 0"),
-    ([{**KP_ENTRY, "keypoints": [BODY[0].tolist()]}], "entry 0"),
-    ([{"frame": t, "keypoints": points.tolist()} for t, points in enumerate(BODY)], "image_id"),
-    ({"images": [KP_IMAGE], "annotations": [KP_ENTRY], "categories": KP_KINDS}, "root"),
-    (dict(meta_info=KP_META, instance_info=[dict(instances=[kp_instance(BODY[0])])]), "root"),
-    ([KP_ENTRY, {**KP_ENTRY, "image_id": None}], "entry 1"),
-    ([KP_ENTRY, {"keypoints": [1] * 51}], "entry 1"),
-    (kp_list(BODY, track_id={"a": 1}), "entry 0"),
-    (kp_list(BODY, track_id=10 ** 400), "401"),
-    ([KP_ENTRY, {"image_id": 0, "keypoints": [1] * 54}], "17 and of 18 joints"),
-    ([{"image_id": t, "keypoints": [1.0] * 30} for t in (0, 1)], "10 joints"),
-    ({"images": [{"width": 1}], "annotations": [KP_ENTRY]}, "image 0"),
-    ({"images": [{**KP_IMAGE, "width": 0}], "annotations": [KP_ENTRY]}, "size 0"),
-    ({"images": [KP_IMAGE], "annotations": [{**KP_ENTRY, "image_id": 5}]}, "annotation 0"),
-    ([dict(instances=7)], "image 0"),
-    ([dict(frame_id="x", instances=[])] * 2, "image 0"),
-    ([dict(instances=[dict(keypoints=[[1, 2]] * 17, keypoint_scores=[1])])], "image 0"),
-    (dict(instance_info="x"), "k.json"),
-    (dict(people=[dict(pose_keypoints_2d=[1] * 45)]), "15 joints"),
-    ({"0.jpg": dict(bodies=[{}])}, "image 0"),
-    ([dict(landmarks=[dict(x=0.5)])], "image 0"),
-    ([dict(landmarks=[dict(x=0.5, y=0.5)] * 9)], "9 joints"),
-    ([dict(pose_world_landmarks=[])], "metres"),
-    ([dict(preds=[], image_paths=[])], "MMPose"),
-    (dict(shapes=[1]), "LabelMe"),
-    ([[dict(name="person", box=dict(x1=1))]], "boxes"),
-    (kp_list(0 * BODY + 1e5), "is the size right?"),
-    (kp_list(0 * BODY + 1e7), "no person"),
-    (kp_list(BODY * (1, 1, 0)), "no person"),
-    (kp_list(BODY / (*SIZE, 1)), "expected pixels")]
-
-
-@pytest.mark.parametrize("content, said", KP_BAD_JSON, ids=range(len(KP_BAD_JSON)))
-def test_a_json_of_something_else_is_one_line(content, said, kp_house, tmp_path):
-    size = None if isinstance(content, dict) and "images" in content else "1280x720"
-    kp_refused(kp_json(tmp_path, content), size=size, names=["k.json", said])
-
-
-def kp_arrays(**arrays):
-    return {"k.npz": {key: np.array(value) for key, value in arrays.items()}}
-
-
-KP_TWO_PEOPLE = kp_label(BODY[0]) + kp_label(BODY[1], 1, 2, 3)
-KP_TWO_LAYOUTS = {"a.json": [kp_instance(BODY[0])],
-                  "b.json": {"people": [{"pose_keypoints_2d": [1] * 75}]}}
+KP_BAD_JSON = {
+    "found 7": 7,
+    "no person": [],
+    "entry 0": [{**KP_ENTRY, "keypoints": [[1, 2, 3, 4]] * 17}],
+    "17 and of 18 joints": [KP_ENTRY, {"image_id": 0, "keypoints": [1] * 54}],
+    "10 joints": [{"image_id": 0, "keypoints": [1.0] * 30}],
+    "root": dict(meta_info=dict(keypoint_id2name={"0": "root", "1": "hip"})),
+    "metres": [dict(pose_world_landmarks=[])],
+    "is the size right?": kp_list(0 * BODY + 1e5),
+    "expected pixels": kp_list(BODY / (*SIZE, 1))}
 KP_BAD_FILES = [
-    ({"k.pkl": pickle.dumps([1])}, ["k.pkl", "looks like"]),
-    ({"k.h5": b"\x89HDF\r\n\x1a\n\0\0"}, ["k.h5", "looks like"]),
-    ({"v.mp4": b"\0\0\0\x18ftypmp42"}, ["v.mp4", "video"]),
-    ({"k.bin": b"\xff\xfe\xfd"}, ["k.bin"]),
-    ({"k.csv": "scorer,DLC\nx,y\n"}, ["k.csv", "x_0"]),
-    ({"k.csv": KP_CSV + "1,2,3\n" * 2}, ["k.csv"]),
-    ({"k.txt": "0 0.5 0.5 0.1 0.1\n"}, ["line 1"]),
-    ({"k.txt": KP_TWO_PEOPLE}, ["line 2"]),
-    ({"k.json": b'[{"image_id": 0,\n "keypoints": [1, 2,, 3]}]'}, ["k.json", "line 2"]),
+    *(({"k.json": content}, ["k.json", said]) for said, content in KP_BAD_JSON.items()),
     ({"k.json": b"[" * 100000}, ["k.json", "JSON"]),
-    ({"k.npz": b"PK\3\4 no archive"}, ["k.npz"]),
-    (kp_arrays(a=BODY, b=BODY), ["a (3, 17, 3)", "b (3, 17, 3)"]),
-    (kp_arrays(keypoints=BODY.astype(str)), ["k.npz"]),
-    (kp_arrays(keypoints=BODY[:0]), ["no person"]),
-    (kp_arrays(keypoints=BODY[..., :2], poses=BODY, root=BODY[:, 0]), ["what lift has written"]),
-    (kp_arrays(keypoints=np.ones((3, 17, 4))), ["3, 17, 4"]),
-    (kp_arrays(keypoints=np.ones((3, 12, 2))), ["12 joints"]),
-    (kp_arrays(positions_2d=3, metadata=4), ["VideoPose3D"]),
-    ({}, ["d: found no files"]),
+    ({"k.pkl": pickle.dumps([1])}, ["k.pkl", "looks like"]),
+    ({"k.csv": "scorer,DLC\nx,y\n"}, ["k.csv", "x_0"]),
+    ({"k.txt": kp_label(BODY[0]) + kp_label(BODY[1], 1, 2, 3)}, ["line 2"]),
+    ({"k.npz": dict(a=BODY, b=BODY)}, ["a (3, 17, 3)", "b (3, 17, 3)"]),
+    ({"k.npz": dict(keypoints=BODY, poses=BODY, root=BODY)}, ["lift has written"]),
+    ({"k.npz": {**kp_detectron2(BODY), "boxes": kp_objects([[], []])}}, ["boxes"]),
+    ({"k.npz": kp_videopose3d(BODY, "mpii")}, ["VideoPose3D"]),
     ({"a.json": [], "b.txt": ""}, [".json and .txt"]),
-    ({"a.jpg": b"x", "b.json": []}, [".jpg"]),
-    ({"a.json": [], "b.json": []}, ["no person"]),
-    ({"a.txt": "", "b.txt": ""}, ["no person"]),
-    ({"a.json": [], "b.json": b"x"}, ["b.json", "JSON"]),
-    ({"a.json": kp_list(BODY), "b.json": []}, ["a.json", "3 images"]),
-    (KP_TWO_LAYOUTS, ["17 and of 25 joints"])]
+    ({"a.json": kp_list(BODY), "b.json": []}, ["a.json", "3 images"])]
 
 
 @pytest.mark.parametrize("files, said", KP_BAD_FILES, ids=range(len(KP_BAD_FILES)))
@@ -5489,32 +4398,11 @@ def test_a_file_of_something_else_is_one_line(files, said, kp_house, tmp_path):
     kp_refused(kp_write(tmp_path, files), names=said)
 
 
-KP_SIZES = {"b.mp4": {"w": 1, "h": 1}}
-KP_BAD_NPZ = [
-    (kp_detectron2, dict(keypoints=kp_objects([[], []]))),
-    (kp_detectron2, dict(boxes=kp_objects([[[], np.ones((1, 5))]] * 3))),
-    (kp_detectron2, dict(keypoints=kp_objects([[[], np.ones((2, 3, 17))]] * 3))),
-    (kp_detectron2, dict(metadata=np.array({"w": 3}, object))),
-    (kp_videopose3d, dict(metadata=dict(layout_name="coco", video_metadata=KP_SIZES))),
-    (kp_videopose3d, dict(metadata=dict(layout_name="mpii", video_metadata=KP_SIZES))),
-    (kp_videopose3d, dict(metadata=dict(layout_name="coco"))),
-    (kp_videopose3d, dict(metadata=dict(layout_name="coco", video_metadata=3)))]
-
-
-@pytest.mark.parametrize("whole, change", KP_BAD_NPZ, ids=range(len(KP_BAD_NPZ)))
-def test_detectors_npz_of_another_shape_is_one_line(whole, change, kp_house, tmp_path):
-    said = "boxes" if whole is kp_detectron2 else "VideoPose3D"
-    file = kp_write(tmp_path, {"k.npz": {**whole(BODY), **change}})
-    kp_refused(file, size=None, names=["k.npz", said])
-
-
 KP_BAD_OPTIONS = {
-    "--size 0x480": "size 0", "--size nanx480": "size nan", "--size 1280": "--size",
-    "--size axb": "--size", "--size 1280 720 3": "3", "--person 8": "--person 8",
-    "--out p.txt": "--out", "--out=": "--out", "--plot a.jpg": "--plot", "--fps 0": "fps 0", "--fps nan": "fps nan",
-    "--focal -3": "focal -3", "--focal 1e-300": "focal 1e-300", "--smooth 0": "smooth 0",
-    "--min-score nan": "min-score nan", "--joints mpii": "mpii", "--device abacus": "abacus",
-    "--model nowhere.pt": "nowhere.pt", "--sise 3": "--sise"}
+    "--size 0x480": "size 0", "--size axb": "--size", "--size 1280 720 3": "3",
+    "--person 8": "--person 8", "--out p.txt": "--out", "--plot a.jpg": "--plot",
+    "--fps nan": "fps nan", "--focal -3": "focal -3", "--joints mpii": "mpii",
+    "--model nowhere.pt": "nowhere.pt"}
 
 
 @pytest.mark.parametrize("options, said", KP_BAD_OPTIONS.items(), ids=KP_BAD_OPTIONS)
@@ -5524,44 +4412,29 @@ def test_a_bad_option_is_one_line(options, said, kp_house, kp_file):
 
 
 @pytest.mark.parametrize("fields, said", [
-    (dict(skeleton="humaneva15", method="glagcn"), "humaneva15"), (dict(target="uvd"), "uvd"),
-    (dict(swap_sides=True), "swapped")], ids=str)
+    (dict(skeleton="humaneva15", method="glagcn"), "humaneva15"),
+    (dict(target="uvd"), "uvd"), (dict(swap_sides=True), "swap_sides")], ids=str)
 def test_a_model_that_does_not_lift_keypoints_is_one_line(fields, said, kp_house, kp_file):
-    model = kp_save(kp_file.parent / "a.pt", **fields)
-    kp_refused(kp_file, "--model", model, names=["a.pt", said])
-
-
-@pytest.mark.parametrize("licence, name", [(5, "a"), (["CC0"], None), ({"a": 1}, "a\n\ud83d")])
-def test_odd_texts_of_a_checkpoint_become_lines(licence, name, kp_house, kp_file, capsys):
-    kp_run(kp_file, "--model", kp_save(kp_file.parent / "a.pt", licence, name=name))
-    texts = [evaluation.one_line(text) for text in (name, licence)]
-    assert f"licence of {': '.join(texts)}\n" in capsys.readouterr().out
-    assert [kp_page("poses.html")[key] for key in ("model", "licence")] == texts
+    path = kp_file.parent / "a.pt"
+    save_model(path, kp_model(**fields))
+    kp_refused(kp_file, "--model", path, names=["model tiny", said])
 
 
 def test_what_does_not_fit_the_file_is_one_line(kp_house, kp_file, tmp_path):
-    formats = kp_formats(BODY)
     kp_refused(tmp_path / "nowhere.json", names="nowhere.json")
     kp_refused(kp_file, size=None, names=["k.json", "--size"])
-    kp_refused(kp_file, "--model", kp_file, names="k.json")
     kp_refused(kp_file, "--out", kp_file, names=["k.json", "overwrite"])
-    (tmp_path / "f.npz").mkdir()
-    kp_refused(kp_file, "--out", tmp_path / "f.npz", names=["f.npz", "folder"])
-    assert not (tmp_path / "f.html").exists()
-    own = kp_write(tmp_path / "own", formats["annotations"])
+    own = kp_write(tmp_path, {"own.json": kp_annotations(BODY)})
     kp_refused(own, size="640x480", names=["--size", "1280x720"])
     h36m = kp_write(tmp_path, {"h.npz": kp_videopose3d(BODY, "h36m")})
     kp_refused(h36m, "--joints", "coco", size=None, names=["--joints", "h36m"])
-    wide = kp_write(tmp_path, formats["array of 25"])
-    kp_refused(wide, "--joints", "h36m", names=["--joints h36m", "coco"])
 
 
 def test_what_lift_cannot_take_is_one_line():
-    model = kp_model()
     rejected("recipe", lift, torch.nn.Linear(2, 3), BODY, SIZE)
-    rejected("size: missing", lift, model, BODY, None)
+    rejected("size: missing", lift, kp_model(), BODY, None)
     for keypoints in (BODY[0], BODY[:0], BODY[..., :1]):
-        rejected(keypoints.shape, lift, model, keypoints, SIZE)
+        rejected(keypoints.shape, lift, kp_model(), keypoints, SIZE)
 
 
 # ---- pictures
@@ -5569,26 +4442,16 @@ def test_what_lift_cannot_take_is_one_line():
 def test_pictures(kp_house, tmp_path):
     pytest.importorskip("matplotlib")
     from PIL import Image
-    body = kp_body(14)
-    kp_run(kp_json(tmp_path, kp_list(body)), "--fps", 25, "--plot", "strip.png", "a.gif")
+    file = kp_json(tmp_path, kp_list(kp_body(14)))
+    kp_run(file, "--fps", 25, "--plot", "strip.png", "a.gif")
     width, height = Image.open("strip.png").size
     assert width > 1.5 * height  # six frames beside each other
-    sparse = kp_named(kp_list(kp_body(8), skip=(3,)), (10, 12, 14, 18, 20, 22, 24))
-    kp_run(kp_json(tmp_path, sparse), "--fps", 20, "--plot", "b.gif")
-    poses = data.read_npz("poses.npz")
-    evaluation.plot_poses("slow.gif", poses["keypoints"][:2], poses["poses"][:2], fps=0.001)
-    durations = {}
-    for name in ("a.gif", "b.gif", "slow.gif"):
-        with Image.open(name) as gif:
-            durations[name] = gif.n_frames, gif.info["duration"]
-    assert durations["a.gif"] == (7, 80)  # every second frame of 25 a second
-    assert durations["b.gif"] == (8, 100)  # ten of the video's twenty frames a second
-    assert 600000 <= durations["slow.gif"][1] <= 655350  # 16 bits of hundredths of a second
+    with Image.open("a.gif") as gif:
+        assert (gif.n_frames, gif.info["duration"]) == (7, 80)  # every second frame of 25
 
 
 def test_pictures_without_matplotlib_are_refused_before_the_work(kp_house, kp_file, monkeypatch):
-    for module in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
-        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     kp_refused(kp_file, "--plot", "a.png", names="pip install matplotlib")
 
 
@@ -5614,21 +4477,8 @@ document.body.append("FOUND" + JSON.stringify({ ...found, yaw, people, trouble }
 </script>"""
 
 
-def page_data():
-    """What lift writes of one person who walks, under a name that tries to be markup."""
-    walk = data.synthesize(0, subjects=("S1",), motions=("walk",), frames=3)[0]
-    person = dict(name="1", size=[1000, 1000], frames=[0, 1, 2], interpolated=[[0] * 17] * 3,
-                  poses=walk.pose_3d.tolist(), root=walk.root.tolist(),
-                  keypoints=walk.pose_2d.tolist())
-    skeleton = {name: getattr(H17, name) for name in ("joints", "edges", "left", "right")}
-    return dict(skeleton, format="poselift poses", source="<b>x", model="glagcn-wild",
-                licence="none", fps=30.0, people=[person])
-
-
 def test_viewer_is_one_page_that_fetches_nothing():
     page = VIEWER.read_text(encoding="utf-8")
-    assert page.count('<script id="poses" type="application/json">null</script>') == 1
-    assert page.count('id="poses"') == 1
     fetching = r"https?:|\b(src|href)\s*=|url\(|@import|\bimport\b|fetch\(|XMLHttp|innerHTML"
     assert not re.search(fetching, page)
     assert "default-src 'none'" in page
@@ -5636,11 +4486,11 @@ def test_viewer_is_one_page_that_fetches_nothing():
 
 
 @pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no Chromium here")
-def test_viewer_draws_a_figure_that_turns(tmp_path):
-    content = json.dumps(page_data()).replace("<", "\\u003c")
+def test_viewer_draws_a_figure_that_turns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kp_run(kp_write(tmp_path, {"<b>x.json": kp_list(kp_body(30))}))
     page = tmp_path / "poses.html"
-    template = VIEWER.read_text(encoding="utf-8")
-    page.write_text(template.replace(">null<", f">{content}<") + LOOK, encoding="utf-8")
+    page.write_text(page.read_text(encoding="utf-8") + LOOK, encoding="utf-8")
     browser = next(filter(None, map(shutil.which, BROWSERS)))
     options = f"--headless --no-sandbox --disable-gpu --user-data-dir={tmp_path}/user --dump-dom"
     words = [browser, *options.split(), "--virtual-time-budget=500", page.as_uri()]
@@ -5651,15 +4501,16 @@ def test_viewer_draws_a_figure_that_turns(tmp_path):
     assert found["again"] == 0  # the same view is the same picture
     assert found["yaw"] == 5  # a key turns it
     assert found["people"] == "0"  # a person's switch takes them away
-    assert found["source"] == "<b>x"  # texts cannot become markup
+    assert found["source"] == "<b>x.json"  # texts cannot become markup
     assert found["trouble"].startswith("broken.json: ")
 
 
 def test_demo_is_a_whole_person_in_its_image():
     demo = json.loads((HERE / "docs" / "demo.json").read_text(encoding="utf-8"))
     sizes = np.array([(image["width"], image["height"]) for image in demo["images"]])
-    points = np.array([one["keypoints"] for one in demo["annotations"]]).reshape(-1, 17, 3)
-    assert ((points[..., :2] > 0) & (points[..., :2] < sizes[:, None])).all()
+    points = np.array([one["keypoints"] for one in demo["annotations"]])
+    points = points.reshape(-1, 17, 3)[..., :2]
+    assert ((points > 0) & (points < sizes[:, None])).all()
 
 
 # ---- helpers of the training's tests
@@ -5679,8 +4530,7 @@ def on_gpu(test):
 def make_run(folder, device=CPU, **fields):
     """A Run of a tiny recipe on procedural motion."""
     recipe = tiny_recipe(**fields)
-    sequences = data.load_dataset(recipe, "", "train")
-    store = FrameStore(sequences, recipe.normalise, H17, device)
+    store = data.make_store(recipe, "", "train", device)
     return train.Run(recipe, store, folder, device, "procedural")
 
 
@@ -5721,23 +4571,17 @@ def small_run(run_folder, monkeypatch):
     return run
 
 
-def stop_at(monkeypatch, step, number=signal.SIGTERM):
-    """From now on that step of a run sends the process a signal."""
+def stopped(run, name, monkeypatch, step=3, number=signal.SIGTERM, **options):
+    """Send the run of that name a signal after a step; returns the exit status."""
     real = train.Run.train_step
 
     def train_step(self, chunk):
         real(self, chunk)
         if self.step == step:
             os.kill(os.getpid(), number)
-    monkeypatch.setattr(train.Run, "train_step", train_step)
-
-
-def stopped(run, name, monkeypatch, step=3, number=signal.SIGTERM, **options):
-    """Stop the run of that name after a step; returns the exit status."""
-    with monkeypatch.context() as patch:
-        stop_at(patch, step, number)
-        with pytest.raises(SystemExit) as stop:
-            run(name, **options)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(train.Run, "train_step", train_step)
+        run(name, **options)
     return stop.value.code
 
 
@@ -5769,47 +4613,20 @@ def assert_same_run(one, other):
 
 # ---- optimisers, schedules, recipes
 
-def minimise(optimizer, p, steps, by_closure=False):
-    """The path of steps down the sum of p^4."""
-    path = []
-
-    def closure():
-        optimizer.zero_grad()
-        loss = (p ** 4).sum()
-        loss.backward()
-        return loss
-    for _ in range(steps):
-        if by_closure:
-            optimizer.step(closure)
-        else:
-            closure()
-            optimizer.step()
-        path.append(p.detach().clone())
-    return path
-
-
-@pytest.mark.parametrize("by_closure", [False, True])
-def test_ranger_follows_the_releases_trajectory(by_closure):
-    """From (1, -2, 3) with lr 0.01, across two Lookahead steps."""
+def test_ranger_follows_the_releases_trajectory():
+    """Down the sum of p^4 from (1, -2, 3) with lr 0.01, across two Lookahead steps."""
     p = nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64))
-    path = minimise(train.ranger([p], lr=0.01), p, 12, by_closure)
+    optimizer, path = train.ranger([p], lr=0.01), []
+    for _ in range(12):
+        optimizer.zero_grad()
+        (p ** 4).sum().backward()
+        optimizer.step()
+        path.append(p.tolist())
     want = {0: (0.95999998, -1.67999995, 1.91999996), 4: (0.82198018, -0.9098438, 0.17329334),
             5: (0.91086566, -1.45482609, 1.58658506), 6: (0.91054839, -1.45457458, 1.5864253),
             10: (0.90873635, -1.45306325, 1.58546937), 11: (0.90951741, -1.45370053, 1.58587147)}
     for step, point in want.items():
-        torch.testing.assert_close(path[step].tolist(), list(point), atol=1e-5, rtol=0)
-
-
-def test_ranger_state_goes_out_and_back():
-    p = nn.Parameter(torch.tensor([1.0, -2.0]))
-    optimizer = train.ranger([p], 0.01)
-    minimise(optimizer, p, 9)
-    q = nn.Parameter(p.detach().clone())
-    other = train.ranger([q], 0.01)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    minimise(optimizer, p, 9)
-    minimise(other, q, 9)
-    assert torch.equal(p, q)
+        torch.testing.assert_close(path[step], list(point), atol=1e-5, rtol=0)
 
 
 def test_schedules_by_their_definitions():
@@ -5843,51 +4660,46 @@ PRINTED = {  # the papers' figures as their tables print them
     "glagcn-gt-243-reconstruct-512": (21.0, 17.6), "glagcn-humaneva-mrcnn": (15.4,),
     "glagcn-humaneva-gt": (9.2,), "glagcn-3dhp-27": (31.36, 98.19, 76.53),
     "glagcn-3dhp-81": (27.76, 98.53, 79.12)}
-PUBLISHED = {  # how its rows are trained: {beginning of the name: fields}
-    "gridconv-gt": dict(keypoints="gt", padding=("circular", "replicate"), batch=200, hidden=256),
-    "gridconv-hrnet": dict(keypoints="hrnet", padding=("circular", "zeros"), batch=200, hidden=256),
-    "gridconv-temporal": dict(batch=1024, epochs=80, schedule="0.95/1", optimizer="amsgrad"),
-    "glagcn-gt": dict(epochs=80, batch=512, input_norm=True),
-    "glagcn-humaneva": dict(epochs=1000, batch=256, filter_widths=(3, 3, 3), channels=96),
+PUBLISHED = {  # how the rows are trained: {pattern of names: fields}
+    "gridconv-(gt|hrnet).*": dict(
+        batch=200, epochs=100, lr=1e-3, optimizer="adam", dropout=0.25, temperature=30,
+        noise_epochs=30, hidden=256, blocks=2, skip="gridconv", normalise="release-500"),
+    "gridconv-gt.*": dict(keypoints="gt", padding=("circular", "replicate")),
+    "gridconv-hrnet.*": dict(keypoints="hrnet", padding=("circular", "zeros")),
+    "gridconv-.*(learnable|uvd)": dict(layout="autogrids", schedule="0.96/10", loss="mse"),
+    "gridconv-(gt|hrnet)(-vanilla|-random.*|-32)?": dict(schedule="0.96/1", loss="grid"),
+    "gridconv-gt-vanilla": dict(attention=""),
+    "gridconv-temporal.*": dict(batch=1024, epochs=80, schedule="0.95/1", optimizer="amsgrad"),
+    "gridconv-3dhp-cross": dict(weights="gridconv-gt-learnable", normalise="longest"),
+    "glagcn-.*": dict(flips=True, flip_test=True, jitter=False, dropout=0.1, loss="mpjpe",
+                      normalise="width"),
+    "glagcn-(gt|cpn|humaneva).*": dict(optimizer="ranger", lr=1e-2, schedule="cosine",
+                                       norm_schedule=True),
+    "glagcn-(gt|cpn).*": dict(epochs=80, batch=512, input_norm=True),
+    "glagcn-.*-reconstruct.*": dict(unshared_weight=0.5, stage_one_epochs=60, refine=True),
+    "glagcn-(gt|cpn|humaneva)-[^-]*": dict(unshared_weight=0, stage_one_epochs=0, refine=False),
+    "glagcn-humaneva.*": dict(epochs=1000, batch=256, filter_widths=(3, 3, 3), channels=96),
     "glagcn-humaneva-mrcnn": dict(input_norm=False, keypoints="detectron_pt_coco"),
-    "glagcn-3dhp": dict(epochs=50, batch=256, channels=256, optimizer="amsgrad", lr=1e-3,
-                        schedule="3dhp", reconstruct=True, unshared_weight=0.5, refine=False,
-                        skeleton="3dhp17", norm_schedule=False),
-    "gridconv-3dhp-cross": dict(weights="gridconv-gt-learnable", normalise="longest")}
+    "glagcn-3dhp.*": dict(epochs=50, batch=256, channels=256, optimizer="amsgrad", lr=1e-3,
+                          schedule="3dhp", reconstruct=True, unshared_weight=0.5, refine=False,
+                          skeleton="3dhp17", norm_schedule=False),
+    "glagcn-.*-27": dict(filter_widths=(3,) * 3), "glagcn-.*-81": dict(filter_widths=(3,) * 4),
+    "glagcn-.*-243.*": dict(filter_widths=(3,) * 5)}
 
 
 @pytest.mark.parametrize("name", PRINTED)
 def test_published_rows_have_the_papers_figures_and_settings(name):
     recipe = train.RECIPES[name]
-    assert recipe.name == name and recipe.row and recipe.precision == "auto" and recipe.seed == 0
+    assert recipe.name == name and recipe.row and recipe.seed == 0
     assert tuple(train.paper_figures(vars(recipe)).values()) == PRINTED[name]
-    for start, fields in PUBLISHED.items():
-        if name.startswith(start):
+    for pattern, fields in PUBLISHED.items():
+        if re.fullmatch(pattern, name):
             assert {key: getattr(recipe, key) for key in fields} == fields
-    if recipe.method == "gridconv":
-        learnt = recipe.layout == "autogrids"
-        assert (recipe.epochs, recipe.lr, recipe.optimizer) == (100, 1e-3, "adam")
-        assert (recipe.dropout, recipe.temperature, recipe.noise_epochs) == (0.25, 30, 30)
-        assert recipe.skip == "gridconv" and recipe.blocks == 2 and not recipe.flips
-        assert recipe.normalise == ("longest" if recipe.weights else "release-500")
-        assert recipe.schedule == ("0.96/10" if learnt else "0.96/1")
-        assert recipe.loss == ("mse" if learnt else "grid")
-        assert recipe.attention == ("" if name.endswith("vanilla") else "grid")
-    if recipe.method == "glagcn":
-        assert recipe.flips and recipe.flip_test and not recipe.jitter and recipe.dropout == 0.1
-        assert (recipe.normalise, recipe.loss) == ("width", "mpjpe")
-    if recipe.method == "glagcn" and recipe.data != "3dhp":
-        assert (recipe.optimizer, recipe.lr, recipe.schedule) == ("ranger", 1e-2, "cosine")
-        stages = (0.5, 60, True) if recipe.reconstruct else (0, 0, False)
-        assert (recipe.unshared_weight, recipe.stage_one_epochs, recipe.refine) == stages
-        assert recipe.norm_schedule
-    length = name.removesuffix("-reconstruct").removesuffix("-reconstruct-512").split("-")[-1]
-    if recipe.method == "glagcn" and length.isdigit():
-        assert math.prod(recipe.filter_widths) == int(length)
 
 
 def test_every_published_row_is_quoted_and_no_recipe_asks_for_half_precision():
-    quoted = {name for name, recipe in train.RECIPES.items() if train.paper_figures(vars(recipe))}
+    recipes = train.RECIPES.items()
+    quoted = {name for name, recipe in recipes if train.paper_figures(vars(recipe))}
     assert quoted == set(PRINTED)
     assert {recipe.precision for recipe in train.RECIPES.values()} == {"auto"}
     for recipe in train.RECIPES.values():
@@ -5895,20 +4707,18 @@ def test_every_published_row_is_quoted_and_no_recipe_asks_for_half_precision():
 
 
 def test_parameters_of_the_papers_tables():
-    sizes = {"gridconv-gt": 4_790_406, "gridconv-gt-learnable": 4_790_831, "glagcn-gt-27": 844_076,
-             "glagcn-gt-81": 1_096_466, "glagcn-gt-243": 1_348_856,
-             "glagcn-gt-243-reconstruct": 1_876_886, "glagcn-gt-243-reconstruct-512": 48_641_526}
+    sizes = {"gridconv-gt": 4_790_406, "gridconv-gt-learnable": 4_790_831,
+             "glagcn-gt-27": 844_076, "glagcn-gt-81": 1_096_466, "glagcn-gt-243": 1_348_856,
+             "glagcn-gt-243-reconstruct": 1_876_886,
+             "glagcn-gt-243-reconstruct-512": 48_641_526}
     for name, size in sizes.items():
         assert train.parameters(train.RECIPES[name]) == size, name
 
 
 @pytest.mark.parametrize("name, precision, at_once, gib", [
-    ("gridconv-gt", "float32", 200, 0.7), ("gridconv-gt", "bf16", 200, 0.5),
-    ("glagcn-gt-27", "float32", 512, 3.1), ("glagcn-gt-81", "float32", 512, 9.5),
-    ("glagcn-gt-243", "float32", 512, 28.4), ("glagcn-gt-243", "bf16", 512, 14.8),
-    ("glagcn-gt-243", "float32", 64, 3.6), ("glagcn-gt-243-reconstruct", "float32", 512, 51.0),
-    ("glagcn-gt-243-reconstruct", "bf16", 512, 26.5), ("glagcn-3dhp-81", "float32", 256, 22.6),
-    ("glagcn-gt-243-reconstruct-512", "float32", 64, 34.6)])
+    ("gridconv-gt", "float32", 200, 0.7), ("glagcn-gt-27", "float32", 512, 3.1),
+    ("glagcn-gt-243", "bf16", 512, 14.8), ("glagcn-gt-243-reconstruct", "float32", 512, 51.0),
+    ("glagcn-3dhp-81", "float32", 256, 22.6)])
 def test_memory_is_that_counted(name, precision, at_once, gib):
     got = train.memory(train.RECIPES[name], precision, at_once)
     assert got == pytest.approx(gib, rel=0.07, abs=0.1)
@@ -5928,7 +4738,7 @@ def test_an_epoch_holds_every_sample_once_and_depends_on_seed_and_epoch_alone():
 
 
 @given(st.integers(1, 60), st.integers(2, 20), st.integers(1, 3))
-def test_batches_and_shares_cover_everything_and_none_holds_one_sample(samples, size, world):
+def test_batches_cover_everything_and_none_holds_one_sample(samples, size, world):
     least = 2 * world
     if size < least:
         return
@@ -5968,23 +4778,24 @@ def test_stage_one_is_the_local_and_the_global_loss(run_folder):
     run.model.eval()
     window, targets = run.store.batch(index, 9, all_targets=True)
     local, sequence = run.model(window, return_sequence=True)
-    want = (sequence - targets).norm(dim=-1).mean() + (local - targets[:, 4]).norm(dim=-1).mean()
-    torch.testing.assert_close(run.objective(index, stage_one=True), want)
-    local_alone = (local - targets[:, 4]).norm(dim=-1).mean()
-    torch.testing.assert_close(run.objective(index, stage_one=False), local_alone)
+    local_loss = (local - targets[:, 4]).norm(dim=-1).mean()
+    global_loss = (sequence - targets).norm(dim=-1).mean()
+    both = run.objective(index, stage_one=True)
+    torch.testing.assert_close(both, local_loss + global_loss)
+    torch.testing.assert_close(run.objective(index, stage_one=False), local_loss)
 
 
-def test_mirrored_samples_are_the_second_half_and_are_mirrored_back_to_be_refined(run_folder):
+def test_mirrored_samples_are_mirrored_back_to_be_refined(run_folder):
     fields = dict(reconstruct=True, stage_one_epochs=0.004, dropout=0.0, refine=True)
     run = make_run(run_folder, **{**TINY_GLA, **fields})
     run.objective.eval()
     N, index = len(run.store), torch.tensor([3, 7])
     pose, target = run.store.batch(index, 3)
-    pose, target = data.flip(pose, H17), data.flip(target, H17)
+    pose, target = flip(pose, H17), flip(target, H17)
     predicted = run.model(pose)
-    back = data.flip(predicted, H17)
-    better = run.refinement(back, run.store.input[index], run.store.normalised_intrinsics(index),
-                            run.store.root[index])
+    back = flip(predicted, H17)
+    intrinsics, root = run.store.normalised_intrinsics(index), run.store.root[index]
+    better = run.refinement(back, run.store.input[index], intrinsics, root)
     want = (predicted - target).norm(dim=-1).mean()
     want = want + (better - run.store.pose_3d[index]).norm(dim=-1).mean()
     torch.testing.assert_close(run.objective(index + N), want)
@@ -5999,66 +4810,45 @@ def test_jitter_is_one_of_nine_rotations_and_scales():
     before, after = (torch.view_as_complex(x[..., :2].contiguous()) for x in (target, out))
     ratio = after / before
     assert (ratio - ratio[:, :1]).abs().max() < 1e-3  # one for each sample
-    found = {(round(z.abs().item(), 2), round(math.degrees(z.angle().item()))) for z in ratio[:, 0]}
+    scales, angles = ratio[:, 0].abs(), ratio[:, 0].angle().rad2deg()
+    found = {(round(scale, 2), round(angle))
+             for scale, angle in zip(scales.tolist(), angles.tolist())}
     assert found == {(scale, angle) for scale in (0.95, 1.0, 1.05) for angle in (-5, 0, 5)}
     torch.manual_seed(1)
     sequence = train.jitter(target.unflatten(1, (2, 2)))
     assert torch.equal(sequence.flatten(1, 2), out)  # of a sequence all frames alike
 
 
-@pytest.mark.parametrize("stage_one", [False, True])
-def test_jitter_moves_the_targets_of_both_stages(run_folder, stage_one):
-    losses = []
-    for moved in (False, True):
-        fields = dict(reconstruct=True, stage_one_epochs=0.004, dropout=0.0, jitter=moved)
-        run = make_run(run_folder, **{**TINY_GLA, **fields})
-        run.objective.eval()
-        losses.append(run.objective(torch.arange(40), stage_one).item())
-    assert losses[0] != losses[1]
-
-
 # ---- a step
 
 @pytest.mark.parametrize("clip", [0.0, 0.01])
-def test_micro_batches_give_the_same_step(run_folder, clip):
+def test_micro_batches_give_the_same_step_and_gradients_are_clipped(run_folder, clip):
     weights = []
     for micro in (0, 16):
         run = make_run(run_folder, micro_batch=micro, dropout=0.0, attention="", clip=clip)
         run.begin_epoch(0)
         run.model.eval()  # batch statistics differ between micro-batches by nature
+        run.optimizer.zero_grad = lambda: None  # the gradients stay, to be looked at
         run.train_step(torch.arange(56))
+        norm = torch.stack([p.grad.norm() for p in run.model.parameters()]).norm().item()
+        assert norm == pytest.approx(clip, rel=1e-3) if clip else norm > 0.02
         weights.append(flat_weights(run.model))
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
-
-
-def test_gradients_are_clipped_as_the_recipe_says(run_folder):
-    norms = []
-    for clip in (0.0, 1e-3):
-        run = make_run(run_folder, clip=clip)
-        step = run.optimizer.step
-
-        def looked_at(run=run, step=step):
-            norms.append(torch.stack([p.grad.norm() for p in run.model.parameters()]).norm().item())
-            step()
-        run.optimizer.step = looked_at
-        take_steps(run)
-    assert norms[0] > 0.01 and norms[1] == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_stage_two_leaves_the_sequence_head_alone(run_folder):
     fields = dict(reconstruct=True, epochs=2.0, stage_one_epochs=1.0)
     run = make_run(run_folder, **{**TINY_GLA, **fields})
-    head = list(run.model.sequence_head.parameters())
-    start = [p.detach().clone() for p in head]
+    head = run.model.sequence_head
+    start = flat_weights(head)
     take_steps(run)
-    moved = [p.detach().clone() for p in head]
-    assert any(not torch.equal(a, b) for a, b in zip(start, moved))
+    moved = flat_weights(head)
+    assert not torch.equal(start, moved)
     run.step = run.epoch_steps
     run.begin_epoch(1)
     run.train_step(torch.arange(32))
-    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(moved, head))
-    asleep = {name for name, p in run.model.named_parameters() if not p.requires_grad}
-    assert asleep and all(name.startswith("sequence_head") for name in asleep)
+    assert torch.equal(moved, flat_weights(head))
+    assert all(p.grad is None for p in head.parameters())
 
 
 def test_norm_momentum_reaches_all_but_shortcut_norms(run_folder):
@@ -6070,7 +4860,19 @@ def test_norm_momentum_reaches_all_but_shortcut_norms(run_folder):
     assert sum(m == pytest.approx(0.01) for m in momenta) == len(momenta) - 2
 
 
-def test_noise_ends_and_the_temperature_falls_as_the_recipe_says(run_folder):
+def test_every_epoch_sees_other_cameras_than_the_test(run_folder):
+    run = make_run(run_folder, cameras="random", normalise="longest", seed=2)
+    seen = []
+    for epoch in (0, 1):
+        run.begin_epoch(epoch)
+        drawn = run.store.input.clone()
+        run.store.redraw(2 * (2 * 100003 + epoch))  # a function of seed and epoch, and even
+        assert torch.equal(run.store.input, drawn)
+        seen.append(drawn)
+    assert not torch.equal(*seen)
+
+
+def test_noise_temperature_and_stages_change_within_an_epoch(run_folder):
     fields = dict(layout="autogrids", noise_epochs=30.5, epochs=100.0, anneal_epochs=10.0)
     run = make_run(run_folder, **fields)
     for epoch, noise, temperature in ((0, True, 30), (5, True, 15.5), (30, True, 1),
@@ -6078,30 +4880,20 @@ def test_noise_ends_and_the_temperature_falls_as_the_recipe_says(run_folder):
         run.reach(epoch)
         assert run.model.autogrids.noise is noise
         assert run.model.temperature == pytest.approx(temperature)
-
-
-@pytest.mark.parametrize("fields", [
-    {**TINY_GLA, "epochs": 0.1, "reconstruct": True, "stage_one_epochs": 0.075},
-    {"layout": "autogrids", "epochs": 0.2, "noise_epochs": 0.15}], ids=["stages", "noise"])
-def test_stages_and_noise_change_within_an_epoch(fields, run_folder, monkeypatch):
-    seen, real = [], train.Run.train_step
-
-    def train_step(self, chunk):
-        real(self, chunk)
-        seen.append(self.stage_one if self.recipe.reconstruct else self.model.autogrids.noise)
-    monkeypatch.setattr(train.Run, "train_step", train_step)
-    train.train(tiny_recipe(**fields), out=run_folder / "run", quiet=True)
-    first = sum(seen)
-    assert seen == [True] * first + [False] * (len(seen) - first)
-    assert len(seen) >= 8 and abs(first - 0.75 * len(seen)) <= 1
+    fields = dict(reconstruct=True, epochs=2.0, stage_one_epochs=0.75)
+    run = make_run(run_folder, **{**TINY_GLA, **fields})
+    for epoch, stage_one in ((0, True), (0.74, True), (0.75, False), (1, False)):
+        run.reach(epoch)
+        assert run.stage_one is stage_one
 
 
 def test_the_grid_has_a_learning_rate_of_its_own(run_folder):
     run = make_run(run_folder, layout="autogrids", grid_lr=0.0)
     s_prob = run.model.autogrids.s_prob
-    before = s_prob.detach().clone(), flat_weights(run.model)
+    grid, weights = s_prob.detach().clone(), flat_weights(run.model)
     take_steps(run)
-    assert torch.equal(s_prob, before[0]) and not torch.equal(flat_weights(run.model), before[1])
+    assert torch.equal(s_prob, grid)
+    assert not torch.equal(flat_weights(run.model), weights)
     run = make_run(run_folder, layout="autogrids", grid_lr=5.0, schedule="1/1")
     take_steps(run)
     groups = run.optimizer.param_groups
@@ -6110,9 +4902,10 @@ def test_the_grid_has_a_learning_rate_of_its_own(run_folder):
 
 
 def test_head_scale_multiplies_the_first_weights_of_the_head_alone(run_folder):
-    plain, small = (make_run(run_folder, **{**TINY_GLA, "head_scale": s}).model for s in (1.0, 0.1))
-    scaled = dict(small.named_parameters())
-    for name, p in plain.named_parameters():
+    plain = make_run(run_folder, **TINY_GLA)
+    small = make_run(run_folder, **TINY_GLA, head_scale=0.1)
+    scaled = dict(small.model.named_parameters())
+    for name, p in plain.model.named_parameters():
         factor = 0.1 if name.startswith("head.") else 1.0
         torch.testing.assert_close(scaled[name], p * factor)
 
@@ -6123,33 +4916,26 @@ def test_half_precision_takes_nearly_the_same_step(run_folder):
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("name", [n for n, r in train.RECIPES.items() if not r.weights])
-def test_every_recipe_takes_two_steps(name, everything, run_folder):
-    published = train.RECIPES[name]
+def test_every_recipe_takes_two_steps(everything, run_folder):
     small = dict(hidden=4, blocks=1, channels=4, reconstruct_blocks=1, batch=2, micro_batch=0)
-    recipe = replace(published, **small)
-    store = store_for(everything[0], recipe)
-    run = train.Run(recipe, store, run_folder, CPU)
-    before = flat_weights(run.model)
-    for step, epoch in enumerate((0, int(published.epochs) - 1)):  # of both stages
-        run.step = epoch * run.epoch_steps + step
-        run.begin_epoch(epoch)
-        run.train_step(torch.tensor([0, len(store) - 1]))
-        assert run.stage_one == (recipe.reconstruct and step == 0)
-    assert torch.isfinite(run.losses[:2]).all() and run.losses[0] > 0
-    assert not torch.equal(before, flat_weights(run.model))
-
-
-STORES = {}
-
-
-def store_for(folder, recipe):
-    """The training store of a recipe's data, made once for each."""
-    kept = ("data", "keypoints", "skeleton", "skip", "normalise", "target", "cameras")
-    key = (folder, *(getattr(recipe, name) for name in kept))
-    if key not in STORES:
-        STORES[key] = data.make_store(recipe, folder, "train", CPU)
-    return STORES[key]
+    read = ("data", "keypoints", "skeleton", "skip", "normalise", "target", "cameras")
+    stores = {}
+    for name, recipe in train.RECIPES.items():
+        if recipe.weights:
+            continue
+        recipe = replace(recipe, **small)
+        kind = tuple(getattr(recipe, field) for field in read)
+        if kind not in stores:
+            stores[kind] = data.make_store(recipe, everything[0], "train", CPU)
+        run = train.Run(recipe, stores[kind], run_folder, CPU)
+        before = flat_weights(run.model)
+        for step, epoch in enumerate((0, int(recipe.epochs) - 1)):  # of both stages
+            run.step = epoch * run.epoch_steps + step
+            run.begin_epoch(epoch)
+            run.train_step(torch.tensor([0, len(run.store) - 1]))
+            assert run.stage_one == (recipe.reconstruct and step == 0), name
+        assert torch.isfinite(run.losses[:2]).all() and run.losses[0] > 0, name
+        assert not torch.equal(before, flat_weights(run.model)), name
 
 
 # ---- reproducible, resumed bit for bit
@@ -6164,66 +4950,51 @@ def noisy(method, epochs):
     return tiny_recipe(**fields)
 
 
-@pytest.mark.parametrize("method", ["gridconv", "glagcn"])
-def test_training_is_reproducible_and_resumes_exactly(run_folder, method, monkeypatch):
+def run_twice(folder, monkeypatch, recipe, device="cpu"):
+    """The same run in `whole`, and interrupted and continued in `parts`; compared."""
     few_clips(monkeypatch, 24)
-    recipe = noisy(method, 2.0)
 
     def run(name):
-        return train.train(recipe, out=run_folder / name, quiet=True)
+        return train.train(recipe, out=folder / name, device=device, quiet=True)
     whole = run("whole")
     assert stopped(run, "parts", monkeypatch, 3) == 143
     assert stopped(run, "parts", monkeypatch, 6, signal.SIGINT) == 130
-    parts = run("parts")
-    assert parts["last"] == whole["last"] and parts["best"] == whole["best"]
-    run("again")
-    assert_same_run(run_folder / "whole", run_folder / "parts")
-    assert_same_run(run_folder / "whole", run_folder / "again")
+    run("parts")
+    assert_same_run(folder / "whole", folder / "parts")
     assert run("whole")["last"] == whole["last"]  # nothing left to do
+
+
+@pytest.mark.parametrize("method", ["gridconv", "glagcn"])
+def test_training_is_reproducible_and_resumes_exactly(run_folder, method, monkeypatch):
+    run_twice(run_folder, monkeypatch, noisy(method, 2.0))
 
 
 def test_how_a_run_is_executed_may_change_and_nothing_else(small_run, run_folder, monkeypatch):
     stopped(small_run, "run", monkeypatch)
-    with pytest.raises(InputError, match="lr 0.003 there, 0.1 here"):
-        small_run("run", lr=0.1)
-    result = small_run("run", micro_batch=8, precision="bf16", deterministic=True)
-    torch.use_deterministic_algorithms(False)
-    assert (result["precision"], result["micro_batch"]) == ("bf16", 8)
-    assert result["settings_changed"] == ""
-
-
-def test_a_state_from_before_a_field_existed_is_continued(small_run, run_folder, monkeypatch):
-    stopped(small_run, "run", monkeypatch)
     path = run_folder / "run" / "last.pt"
     state = data.read_torch(path)
-    del state["recipe"]["input_norm"]
-    state["recipe"] |= {"row": "said otherwise", "workers": 3}
-    torch.save(state, path)
-    assert small_run("run")["epochs"] == 2
-
-
-def test_a_run_continues_on_its_own_data_and_processes_only(small_run, run_folder, monkeypatch):
-    small_run("run")
-    state = data.read_torch(run_folder / "run" / "last.pt")
-    for changed, says in (({"data_print": [["train", 1, 2]]}, "other data"),
-                          ({"random": [1, 2]}, "2 processes there, 1 here")):
-        torch.save({**state, **changed}, run_folder / "run" / "last.pt")
+    del state["recipe"]["input_norm"]  # a field that came later is no difference
+    for other, says in (([1], "last.pt: not the state of a run"),
+                        ({"model": {}}, "last.pt: not the state of a run"),
+                        ({**state, "data_print": [["train", 1, 2]]}, "frames"),
+                        ({**state, "random": [1, 2]}, "processes 2 there, 1 here"),
+                        (state, "lr 0.003 there, 0.1 here")):
+        torch.save(other, path)
         with pytest.raises(InputError, match=says):
-            small_run("run")
-    for other in ([1], {"model": {}}, data.read_torch(run_folder / "run" / "best.pt")):
-        torch.save(other, run_folder / "run" / "last.pt")
-        with pytest.raises(InputError, match="last.pt: not the state of a run"):
-            small_run("run")
+            small_run("run", lr=0.1)
+    result = small_run("run", micro_batch=8, precision="bf16", deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert (result["precision"], result["recipe"]["micro_batch"]) == ("bf16", 8)
+    small_run("run")
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_an_annealed_temperature_stays_with_the_weights(small_run, run_folder):
-    first = small_run("run", epochs=0.5, anneal_epochs=1.0)
-    for name in ("best.pt", "model.pt"):
-        model = evaluation.load_model(run_folder / "run" / name)
-        assert 1 < model.temperature < 30 and model.epoch == 1
-    store = data.make_store(model.recipe, "", "test", CPU)
-    scores = evaluation.evaluate(model, store)
-    assert scores["mpjpe"] == pytest.approx(first["last"]["mpjpe"], rel=1e-6)
+    result = small_run("run", epochs=0.5, anneal_epochs=1.0)
+    model = evaluation.load_model(run_folder / "run" / "model.pt")
+    assert 1 < model.temperature < 30 and model.epoch == 1
+    scores = evaluation.evaluate(model, data.make_store(model.recipe, "", "test", CPU))
+    assert scores["mpjpe"] == pytest.approx(result["last"]["mpjpe"], rel=1e-6)
 
 
 def test_the_last_weights_stand_alone_beside_the_best(small_run, run_folder, monkeypatch):
@@ -6234,66 +5005,47 @@ def test_the_last_weights_stand_alone_beside_the_best(small_run, run_folder, mon
     monkeypatch.setattr(evaluation, "evaluate", worse)
     result = small_run("run")
     assert (result["best"]["epoch"], result["last"]["epoch"]) == (1, 2)
-    best, last = (data.read_torch(run_folder / "run" / name) for name in ("best.pt", "model.pt"))
+    best, last, state = (data.read_torch(run_folder / "run" / name)
+                         for name in ("best.pt", "model.pt", "last.pt"))
     assert (best["epoch"], last["epoch"]) == (1, 2) and best.keys() == last.keys()
-    state = data.read_torch(run_folder / "run" / "last.pt")["model"]
-    assert all(torch.equal(value, last["model"][key]) for key, value in state.items())
-    assert any(not torch.equal(value, best["model"][key]) for key, value in state.items())
+    flat = [torch.cat([value.flatten().double() for value in one["model"].values()])
+            for one in (best, last, state)]
+    assert torch.equal(flat[1], flat[2]) and not torch.equal(flat[0], flat[1])
 
 
 # ---- killed at any moment
 
 def in_processes(world, function, *arguments):
-    """Process numbers of `world` forks of this process, joined as by torchrun, that run it."""
+    """`world` forks of this process, joined as by torchrun, that run the function."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    children = []
-    for rank in range(world):
-        children.append(os.fork())
-        if children[-1]:
-            continue
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+    fork, children = torch.multiprocessing.get_context("fork"), []
+    for rank in map(str, range(world)):
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(world),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        status = 1
-        try:
-            function(*arguments)
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
+        children.append(fork.Process(target=function, args=arguments))
+        children[-1].start()
     return children
 
 
-def dying_at(operation, writes):
-    """From now on the process ends by SIGKILL before (an even number) or after the fsync, rename
-    or, with `writes`, write of half that number."""
+def statuses(children):
+    """Their exit statuses; a killed one's is -9."""
+    for child in children:
+        child.join()
+    return [child.exitcode for child in children]
+
+
+def dying_at(operation):
+    """From now on the process ends by SIGKILL before the fsync or rename of that number."""
     count = iter(range(10 ** 9))
 
     def deadly(real):
         def wrapped(*arguments):
-            at = 2 * next(count)
-            if at == operation:
+            if next(count) == operation:
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = real(*arguments)
-            if at + 1 == operation:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            return real(*arguments)
         return wrapped
-
-    @contextlib.contextmanager
-    def unbuffered(path, mode="r"):
-        with open(path, mode, buffering=0) as file:
-            if "w" in mode:
-                file = SimpleNamespace(write=deadly(file.write), flush=file.flush,
-                                       fileno=file.fileno)
-            yield file
-    if writes:
-        data.open = unbuffered
     os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
 
 
@@ -6306,33 +5058,23 @@ def kill_and_continue(method, folder, world=1, kills=5, epochs=4.0, how="time"):
     data.synthesize = lambda seed: [s for s in clips if s.camera == "54138969"] * 2
     train.SAVE_SECONDS = -1
 
-    def run(name):
+    def run(name, operation=-1):
+        dying_at(operation)
         train.train(recipe, out=folder / name, device="cpu", quiet=True)
-
-    def doomed(name, operation, writes):
-        dying_at(operation, writes)
-        run(name)
-
-    def wait(children):
-        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     started = time.perf_counter()
-    assert wait(in_processes(world, run, "whole")) == [0] * world
+    assert statuses(in_processes(world, run, "whole")) == [0] * world
     seconds, killed, done = time.perf_counter() - started, 0, 0
     while killed < kills:
-        name = f"killed-{done}"
+        operation = rng.randrange(20) if how == "file" else -1
+        children = in_processes(world, run, f"killed-{done}", operation)
         if how == "time":
-            children = in_processes(world, run, name)
             time.sleep(rng.uniform(0.1, 0.8) * seconds)
             for child in children:
-                os.kill(child, signal.SIGKILL)
-        else:
-            writes = rng.random() < 0.5
-            operation = rng.randrange(1000 if writes else 25)
-            children = in_processes(world, doomed, name, operation, writes)
-        status = wait(children)
+                child.kill()
+        status = statuses(children)
         assert set(status) <= {0, -9}, status
         killed, done = killed + (-9 in status), done + (-9 not in status)
-    assert wait(in_processes(world, run, f"killed-{done}")) == [0] * world
+    assert statuses(in_processes(world, run, f"killed-{done}")) == [0] * world
 
 
 def fresh_python(code, *words, threads="1"):
@@ -6346,25 +5088,17 @@ def fresh_python(code, *words, threads="1"):
     return done.stdout
 
 
-def killed_run(tmp_path, method, **options):
+@pytest.mark.parametrize("method, options", [
+    ("gridconv", dict(how="file", kills=12)), ("glagcn", dict(kills=2, epochs=2.0)),
+    ("gridconv", dict(world=2, kills=1)),
+    pytest.param("gridconv", dict(how="file", kills=24, epochs=16.0), marks=pytest.mark.slow),
+    pytest.param("glagcn", dict(world=2, kills=12, epochs=16.0), marks=pytest.mark.slow)],
+    ids=["files", "glagcn", "two-processes", "many-files", "many-times"])
+def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(tmp_path, method, options):
     code = "import json; tests.kill_and_continue(*sys.argv[1:3], **json.loads(sys.argv[3]))"
     fresh_python(code, method, tmp_path, json.dumps(options))
     for run in tmp_path.glob("killed-*"):
         assert_same_run(tmp_path / "whole", run)
-
-
-@pytest.mark.parametrize("method, options", [
-    ("gridconv", dict(how="file", kills=12)), ("glagcn", dict(kills=2, epochs=2.0)),
-    ("gridconv", dict(world=2, kills=2))], ids=["files", "glagcn", "two-processes"])
-def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(tmp_path, method, options):
-    killed_run(tmp_path, method, **options)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how, world", [("time", 1), ("file", 1), ("time", 2)])
-@pytest.mark.parametrize("method", ["gridconv", "glagcn"])
-def test_killed_at_many_moments_a_run_goes_on_bit_for_bit(tmp_path, method, how, world):
-    killed_run(tmp_path, method, how=how, world=world, kills=24 // world, epochs=16.0)
 
 
 # ---- damage
@@ -6374,57 +5108,16 @@ def flipped(content, at):
     return content[:at] + bytes([content[at] ^ 8]) + content[at + 1:]
 
 
-@pytest.mark.parametrize("how", ["truncated", "a bit of a weight", "missing"])
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_continues(
-        small_run, run_folder, monkeypatch, capsys, how):
-    stopped(small_run, "parts", monkeypatch, 11)
-    last, previous = (run_folder / "parts" / name for name in ("last.pt", "previous.pt"))
-    assert (data.read_torch(last)["step"], data.read_torch(previous)["step"]) == (11, 10)
+@pytest.mark.parametrize("how", ["truncated", "a bit of a weight"])
+def test_a_damaged_checkpoint_is_noticed_in_one_line(small_run, run_folder, monkeypatch, how):
+    stopped(small_run, "run", monkeypatch, 1)
+    last = run_folder / "run" / "last.pt"
     content = last.read_bytes()
-    damaged = {"truncated": content[:len(content) // 2],
-               "a bit of a weight": flipped(content, len(content) // 2)}
+    half = len(content) // 2
+    last.write_bytes(content[:half] if how == "truncated" else flipped(content, half))
+    rejected(["last.pt", "remove it to begin anew"], small_run, "run")
     last.unlink()
-    if how != "missing":
-        last.write_bytes(damaged[how])
-    (run_folder / "parts" / ".last.pt.1.tmp").write_bytes(b"what a killed process was writing")
-    steps, real = [], train.Run.train_step
-
-    def train_step(self, chunk):
-        steps.append(self.step)
-        real(self, chunk)
-    monkeypatch.setattr(train.Run, "train_step", train_step)
-    small_run("parts")
-    told = capsys.readouterr().err
-    assert steps[0] == 10 and told.startswith("warning: ") and "last.pt" in told
-    assert "continuing from the checkpoint before it" in told and told.count("\n") == 1
-    small_run("whole")
-    assert_same_run(run_folder / "whole", run_folder / "parts")
-
-
-def test_two_damaged_checkpoints_are_one_clear_line(small_run, run_folder):
-    small_run("run")
-    for name in ("last.pt", "previous.pt"):
-        path = run_folder / "run" / name
-        path.write_bytes(flipped(path.read_bytes(), 5000))
-    with pytest.raises(InputError) as error:
-        small_run("run")
-    assert_clear(error.value, ["previous.pt", "last.pt", "remove both to begin anew"])
-    (run_folder / "run" / "previous.pt").unlink()
-    with pytest.raises(InputError) as error:
-        small_run("run")
-    assert_clear(error.value, ["last.pt", "remove it to begin anew"])
-
-
-def test_a_stored_checkpoint_is_read_once(small_run, run_folder, monkeypatch):
-    stopped(small_run, "run", monkeypatch)
-    read, real = [], data.read_torch
-
-    def read_torch(path, *rest):
-        read.append(path.name)
-        return real(path, *rest)
-    monkeypatch.setattr(data, "read_torch", read_torch)
-    small_run("run")
-    assert read == ["last.pt"]
+    assert small_run("run")["epochs"] == 2
 
 
 def test_a_full_disk_is_one_clear_line_and_the_old_checkpoint_whole(
@@ -6433,18 +5126,12 @@ def test_a_full_disk_is_one_clear_line_and_the_old_checkpoint_whole(
     stopped(small_run, "parts", monkeypatch)
     last = run_folder / "parts" / "last.pt"
     before, limits = last.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    real = train.Run.save
     for room in (100, len(before) // 3, len(before) - 1):  # a full disk: every writer's OSError
-        def save(self, room=room):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-            try:
-                real(self)
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        with monkeypatch.context() as patch, pytest.raises(InputError) as error:
-            patch.setattr(train.Run, "save", save)
-            small_run("parts")
-        assert_clear(error.value, ["last.pt", "File too large"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            rejected(["last.pt", "File too large"], small_run, "parts")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert last.read_bytes() == before and not list(last.parent.glob(".*tmp"))
     small_run("parts"), small_run("whole")
     assert_same_run(run_folder / "whole", run_folder / "parts")
@@ -6459,11 +5146,9 @@ def test_a_read_only_folder_is_one_clear_line_and_the_old_checkpoint_whole(
     run_folder.parent.chmod(0o755), run_folder.chmod(0o755), last.parent.chmod(0o555)
     os.seteuid(65534)
     try:
-        with pytest.raises(InputError) as error:
-            small_run("parts")
+        rejected(["parts", "Permission denied", "--out"], small_run, "parts")
     finally:
         os.seteuid(0)
-    assert_clear(error.value, ["parts", "Permission denied", "--out"])
     assert last.read_bytes() == before
 
 
@@ -6479,109 +5164,46 @@ def test_a_folder_is_refused_while_its_run_lives_and_not_after_it_was_killed(sma
         os._exit(0)
     os.read(ready, 1)
     try:
-        with pytest.raises(train.Busy) as error:
-            small_run("run")
-        assert_clear(error.value, ["run", "another run", "--out"])
+        rejected(["run", "another run", "--out"], small_run, "run")
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     assert small_run("run")["last"]
 
 
-def test_a_lock_keeps_a_files_content_and_a_file_is_no_folder(small_run, run_folder):
-    (run_folder / "notes").write_text("mine")
-    (run_folder / "lock").symlink_to("notes")
-    with train.locked(run_folder):
-        pass
-    assert (run_folder / "notes").read_text() == "mine"
-    with pytest.raises(InputError) as error:
-        small_run("notes/run")
-    assert_clear(error.value, ["notes", "--out"])
-
-
-@pytest.mark.parametrize("platform", ["windows", "neither"])
-def test_commands_run_where_fcntl_is_missing(small_run, run_folder, monkeypatch, platform):
+def test_commands_run_where_fcntl_is_missing(small_run, monkeypatch):
+    """By the lock of Windows, held by another process."""
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    monkeypatch.setitem(sys.modules, "msvcrt", None)
-    held = []
-    if platform == "windows":
-        def locking(number, mode, size):
-            if held:
-                raise OSError(13, "Permission denied")
-            held.append((mode, size))
-        monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
-    assert small_run("run")["last"]
-    if platform == "windows":
-        assert held == [(2, 1)]
-        with pytest.raises(train.Busy, match="another run"):
-            small_run("run")
+    held = mock.Mock(side_effect=PermissionError)
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=held, LK_NBLCK=2))
+    rejected("another run", small_run, "run")
 
 
 # ---- signals
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("where", ["predict", "yardsticks", "save"])
-def test_a_signal_ends_steps_evaluations_and_saving_and_says_so(
-        small_run, run_folder, monkeypatch, capsys, number, status, where):
-    before = signal.getsignal(number)
-    small_run("whole")
-    once = []
-    owner = train.Run if where == "save" else evaluation
-    real = getattr(owner, where)
+@pytest.mark.parametrize("owner, where, number, reached", [
+    (data, "provenance", signal.SIGTERM, (1, 0)),
+    (evaluation, "predict", signal.SIGINT, (8, 1)),
+    (train, "write_torch", signal.SIGINT, (2, 0))])
+def test_a_signal_ends_a_run_after_its_step_or_evaluation(
+        small_run, run_folder, monkeypatch, capsys, owner, where, number, reached):
+    before, asked, real = signal.getsignal(number), [], getattr(owner, where)
 
     def interrupted(*arguments, **options):
-        if not once:
-            once.append("asked")
+        if not asked:
+            asked.append(number)
             os.kill(os.getpid(), number)
-            for _ in range(1000):  # a signal's handler comes between two of Python's own steps
-                pass
-            once.append("went on")
         return real(*arguments, **options)
     monkeypatch.setattr(owner, where, interrupted)
     with pytest.raises(SystemExit) as stop:
         small_run("parts", quiet=False)
-    assert stop.value.code == status and signal.getsignal(number) == before
-    assert not (run_folder / "parts" / "result.json").exists()
-    assert ("went on" in once) == (where == "save")
-    said = [line for line in capsys.readouterr().err.splitlines() if "stopped" in line]
-    assert len(said) == 1 and "saved" in said[0] and "the same command goes on" in said[0]
+    assert stop.value.code == 128 + number and signal.getsignal(number) == before
+    said = capsys.readouterr().err
+    assert "stopping" in said and "the same command goes on" in said
     state = data.read_torch(run_folder / "parts" / "last.pt")
-    reached = {"predict": (8, 0), "yardsticks": (16, 2), "save": (2, 0)}[where]
     assert (state["step"], len(state["history"])) == reached
-    small_run("parts")
+    small_run("parts"), small_run("whole")
     assert_same_run(run_folder / "whole", run_folder / "parts")
-
-
-def test_a_signal_while_data_is_read_ends_at_once(small_run, run_folder, monkeypatch, capsys):
-    real = data.provenance
-
-    def interrupted(sequences):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
-        return real(sequences)
-    monkeypatch.setattr(data, "provenance", interrupted)
-    started = time.monotonic()
-    with pytest.raises(SystemExit) as stop:
-        small_run("run", quiet=False)
-    assert stop.value.code == 143 and time.monotonic() - started < 5
-    assert "nothing was begun" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", train.EMBEDDED)
-def test_signals_end_the_embedded_default_within_five_seconds(tmp_path, recipe):
-    rng = random.Random(recipe)
-    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)) * 2:
-        words = [sys.executable, HERE / "train.py", recipe, "--epochs", "2", "--eval-every", "1",
-                 "--out", tmp_path]
-        pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
-        run = subprocess.Popen([*map(str, words)], stderr=pipe, stdout=nowhere)
-        while not (tmp_path / "lock").exists():
-            time.sleep(0.1)
-        time.sleep(rng.uniform(5, 40))
-        asked = time.monotonic()
-        run.send_signal(number)
-        assert run.wait() in (status, 0) and time.monotonic() - asked < 5
 
 
 # ---- numbers that are none, memory, logs
@@ -6598,162 +5220,87 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
         weight = next(self.model.parameters())
         return loss * math.nan if what == "loss" else loss + (weight - weight).sqrt().sum()
     monkeypatch.setattr(train.Objective, "forward", forward)
-    with pytest.raises(InputError) as error:
-        small_run(what)
-    said = "the loss of step 6 is nan" if what == "loss" else "some weights after step 6"
-    assert_clear(error.value, [said, "last.pt holds the last good state", "--lr"])
-    state = data.read_torch(run_folder / what / "last.pt")
+    rejected(["step 6", "not finite", "saved before", "--lr"], small_run, "run")
+    state = data.read_torch(run_folder / "run" / "last.pt")
     assert state["step"] == 5
     assert all(torch.isfinite(value).all() for value in state["model"].values())
 
 
-def test_a_run_that_is_never_finite_leaves_nothing(run_folder):
-    recipe = tiny_recipe(epochs=1.0, lr=1e30, schedule="1/1", loss="mse", attention="")
-    with pytest.raises(InputError, match=r"loss of step \d+ is (nan|inf).*nothing is saved"):
-        train.train(recipe, out=run_folder, quiet=True)
-    assert not (run_folder / "last.pt").exists()
-
-
-def test_the_deterministic_switch_is_torchs_and_changes_nothing_on_the_cpu(
-        small_run, run_folder, monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    small_run("plain")
-    try:
-        small_run("switched", deterministic=True)
-        assert torch.are_deterministic_algorithms_enabled()
-        small_run("plain")
-        assert not torch.are_deterministic_algorithms_enabled()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    paths = [run_folder / name / "model.pt" for name in ("plain", "switched")]
-    states = [data.read_torch(path)["model"] for path in paths]
-    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
-    result = data.read_json(run_folder / "switched" / "result.json")
-    assert "threads" in result["device"]  # whose number decides the last bits
-    assert {"seed", "torch", "numpy", "python", "commit", "precision"} <= result.keys()
-
-
-def test_without_git_a_run_ends_well(small_run, run_folder, monkeypatch):
+def test_a_result_says_how_it_came_about(small_run, run_folder, monkeypatch):
     monkeypatch.setenv("PATH", str(run_folder))
-    assert small_run("run")["commit"] == ""
+    result = small_run("run")
+    assert result["commit"] == ""  # where there is no git
+    assert "threads" in result["device"]  # whose number decides the last bits
+    assert {"seed", "torch", "python", "precision"} <= result.keys()
 
 
-def gained(run_folder, monkeypatch, method, steps, warm_up):
-    """(bytes, file handles, tensors) gained between two steps of a run that saves often."""
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_memory_and_file_handles_do_not_grow(run_folder, monkeypatch):
     few_clips(monkeypatch, 10)
     monkeypatch.setattr(train, "SAVE_SECONDS", 0.05)
     seen, real = [], train.Run.train_step
 
     def train_step(self, chunk):
         real(self, chunk)
-        if self.step in (warm_up, steps):
+        if self.step in (60, 120):
             gc.collect()
             pages = int(Path("/proc/self/statm").read_text().split()[1])
-            resident = pages * os.sysconf("SC_PAGE_SIZE")
             tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
-            seen.append((resident, len(os.listdir("/proc/self/fd")), tensors))
-    recipe = replace(noisy(method, 1.0), eval_every=20)
+            handles = len(os.listdir("/proc/self/fd"))
+            seen.append((pages * os.sysconf("SC_PAGE_SIZE"), handles, tensors))
+    recipe = replace(noisy("gridconv", 1.0), eval_every=20)
     per_epoch = make_run(run_folder, **vars(recipe)).epoch_steps
     monkeypatch.setattr(train.Run, "train_step", train_step)
-    recipe = replace(recipe, epochs=steps / per_epoch)
-    train.train(recipe, out=run_folder / method, quiet=True)
-    return [after - before for before, after in zip(*seen)]
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-@pytest.mark.parametrize("method", ["gridconv", "glagcn"])
-def test_memory_and_file_handles_do_not_grow(run_folder, monkeypatch, method):
-    memory, handles, tensors = gained(run_folder, monkeypatch, method, 120, 60)
+    train.train(replace(recipe, epochs=120 / per_epoch), out=run_folder / "run", quiet=True)
+    memory, handles, tensors = (after - before for before, after in zip(*seen))
     assert memory < 2 ** 24 and handles == 0 and tensors == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["gridconv", "glagcn"])
-def test_memory_and_file_handles_do_not_grow_over_2000_steps(run_folder, monkeypatch, method):
-    memory, handles, tensors = gained(run_folder, monkeypatch, method, 2200, 200)
-    assert memory < 2 ** 23 and handles == 0 and tensors == 0
+def test_the_log_has_a_line_an_epoch(small_run, run_folder, capsys):
+    small_run("run", quiet=False, epochs=3.0)
+    assert len((run_folder / "run" / "log.csv").read_text().splitlines()) == 1 + 3
+    assert len(capsys.readouterr().err.splitlines()) == 3
 
 
-def empty_steps(folder, monkeypatch, steps):
-    """A run of steps that do nothing: (bytes of its log, of its state, epochs)."""
-    def train_step(self, chunk):
-        self.step += 1
-    monkeypatch.setattr(train.Run, "train_step", train_step)
-    scores = {"mpjpe": 50.0, "p_mpjpe": 40.0, "rows": []}
-    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: scores)
-    monkeypatch.setattr(train, "finish", lambda *_: {})
-    recipe = replace(train.RECIPES["gridconv-synthetic"], hidden=4, blocks=1)
-    per_epoch = math.ceil(len(data.make_store(recipe, "", "train", CPU)) / recipe.batch)
-    recipe = replace(recipe, epochs=steps / per_epoch)
-    train.train(recipe, out=folder / "run")
-    lines = (folder / "run" / "log.csv").read_text().splitlines()
-    assert len(lines) == 1 + math.ceil(steps / per_epoch)
-    return sum(map(len, lines)), (folder / "run" / "last.pt").stat().st_size, len(lines) - 1
-
-
-def test_the_log_has_a_line_an_epoch(run_folder, monkeypatch, capsys):
-    log, _, epochs = empty_steps(run_folder, monkeypatch, 1000)
-    assert log < 5000 and len(capsys.readouterr().err.splitlines()) == epochs
-
-
-@pytest.mark.slow
-def test_the_log_of_a_million_steps_stays_small(tmp_path, monkeypatch):
-    log, state, _ = empty_steps(tmp_path, monkeypatch, 10 ** 6)
-    assert log < 10 ** 6 and state < 2 * 10 ** 6
-
-
-def test_progress_is_shown_every_30_seconds_where_there_is_no_terminal(
+def test_progress_is_shown_every_15_seconds(
         run_folder, monkeypatch, capsys):
-    run = make_run(run_folder)
-    now = [0.0]
+    run, now = make_run(run_folder), [0.0]
     monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
-    progress = train.Progress(run, quiet=False)
+    progress, quiet = train.Progress(run, quiet=False), train.Progress(run, quiet=True)
     run.losses[:] = 0.25
     for run.step in range(1, 61):  # two seconds a step
         now[0] += 2
-        progress.show()
+        progress.show(), quiet.show()
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 4 and all("loss 0.2500" in line and "min left" in line for line in lines)
+    assert len(lines) == 7
+    assert all("loss 0.2500" in line and "min left" in line for line in lines)
     progress.show({"loss": 0.5, "mpjpe": 51.0, "p_mpjpe": 41.0})
     assert "MPJPE 51.0 mm  P-MPJPE 41.0 mm" in capsys.readouterr().err
-    quiet = train.Progress(run, quiet=True)
-    now[0] += 100
-    quiet.show()
-    assert capsys.readouterr().err == ""
 
 
 # ---- out of memory
 
-@pytest.mark.parametrize("fault", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_is_one_line_with_what_fits_and_keeps_what_was_saved(
-        fault, small_run, run_folder, monkeypatch):
+        small_run, monkeypatch):
+    fault = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
     stopped(small_run, "run", monkeypatch)
-
-    def train_step(self, chunk):
-        raise fault
-    with monkeypatch.context() as patch, pytest.raises(InputError) as error:
-        patch.setattr(train.Run, "train_step", train_step)
-        small_run("run")
     said = ["out of memory", "16 samples", "--micro-batch 8", "--precision bf16", "GiB"]
-    assert_clear(error.value, said)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "train_step", mock.Mock(side_effect=fault))
+        rejected(said, small_run, "run")
     assert small_run("run")["epochs"] == 2
 
 
-@pytest.mark.parametrize("name, gib, fits", [
-    ("glagcn-gt-243", 80, {"tf32": 256, "bf16": 512}),
-    ("glagcn-gt-243", 8, {"tf32": 64, "bf16": 128}),
-    ("glagcn-gt-243-reconstruct", 24, {"tf32": 128, "bf16": 256})])
-def test_what_would_fit_is_less_than_the_card_has(name, gib, fits, monkeypatch):
+@pytest.mark.parametrize("gib, fits", [(80, {"tf32": 256, "bf16": 512}),
+                                       (8, {"tf32": 64, "bf16": 128})])
+def test_what_would_fit_is_less_than_the_card_has(gib, fits, monkeypatch):
     card = SimpleNamespace(total_memory=gib * 2 ** 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    recipe = train.RECIPES[name]
+    recipe = train.RECIPES["glagcn-gt-243"]
     line = train.out_of_memory(recipe, "tf32", torch.device("cuda"))
-    said = dict(re.findall(r"--precision (\w+) --micro-batch (\d+)", line))
-    assert {kind: int(n) for kind, n in said.items()} == fits
-    for kind, n in fits.items():
-        assert train.memory(recipe, kind, n) < 0.8 * gib
+    for kind, number in fits.items():
+        assert f"--precision {kind} --micro-batch {number} " in line
+        assert train.memory(recipe, kind, number) < 0.8 * gib
     huge = replace(recipe, channels=8192, batch=200)  # fits in no batch; of one there is none
     assert "--micro-batch 2 " in train.out_of_memory(huge, "tf32", torch.device("cuda"))
 
@@ -6775,209 +5322,123 @@ def shared_run(method, rank=0, world=1):
     return train.Run(recipe, store, ".", CPU, rank=rank, world=world)
 
 
-def two_epochs(run, step, batches):
+def two_epochs(run):
     """The losses of each epoch."""
     losses = []
     for epoch in range(2):
         run.begin_epoch(epoch)
-        for chunk in batches(train.epoch_order(run.recipe, len(run.store), epoch)):
-            step(chunk)
+        for chunk in run.batches(train.epoch_order(run.recipe, len(run.store), epoch)):
+            run.train_step(chunk)
         losses.append(run.losses.clone())
     return losses
 
 
 def one_of_two(method, out):
-    """What each process of torchrun does in the test below."""
-    torch.set_default_dtype(torch.float64)
+    """What each of two processes does in the test below."""
     with train.processes(CPU) as (rank, world):
         run = shared_run(method, rank, world)
-        losses = two_epochs(run, run.train_step, run.batches)
+        losses = two_epochs(run)
         if rank == 0:
             torch.save([losses, run.model.state_dict()], out)
 
 
 def shares_in_turn(method):
-    """What two processes should do, by one: each half of a batch in turn."""
+    """What two processes should do, by one: each half of a batch in turn; the model, its losses."""
     run = shared_run(method)
-
-    def batches(order):
-        return train.batches(order, run.recipe.batch, 4)
-    run.epoch_steps = len(batches(train.epoch_order(run.recipe, len(run.store), 0)))
-    run.losses = torch.zeros(run.epoch_steps)
 
     def step(chunk):
         run.reach(run.step / run.epoch_steps)
-        parameters = [p for p in run.model.parameters() if p.requires_grad]
-        half = (len(chunk) + 1) // 2
-        gradients, total = [torch.zeros_like(p) for p in parameters], 0.0
+        half, total = (len(chunk) + 1) // 2, 0.0
         for share in (chunk[:half], chunk[half:]):
             loss = run.objective(share, run.stage_one) * len(share) / len(chunk)
-            for whole, part in zip(gradients, torch.autograd.grad(loss, parameters)):
-                whole += part
+            loss.backward()
             total += loss.item()
-        for p, gradient in zip(parameters, gradients):
-            p.grad = gradient
-        nn.utils.clip_grad_norm_(parameters, run.recipe.clip)
+        nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.clip)
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.losses[run.step % run.epoch_steps] = total
         run.step += 1
-    return run.model, two_epochs(run, step, batches)
+    run.batches = lambda order: train.batches(order, run.recipe.batch, 4)
+    run.train_step = step
+    run.epoch_steps = len(run.batches(train.epoch_order(run.recipe, len(run.store), 0)))
+    run.losses = torch.zeros(run.epoch_steps)
+    return run.model, two_epochs(run)
 
 
-@pytest.mark.parametrize("method", ["gridconv", "glagcn"])
-def test_two_processes_equal_two_shares_one_after_the_other(tmp_path, method):
-    out, module = tmp_path / "out.pt", Path(__file__).stem
-    driver = tmp_path / "driver.py"
-    driver.write_text(f"import sys, {module} as tests; tests.one_of_two(*sys.argv[1:])")
-    torchrun(2, driver, method, out)
-    losses, weights = torch.load(out, weights_only=True)
+def two_and_one(method, out):
+    """Two processes and the explicit loop take the same steps."""
     torch.set_default_dtype(torch.float64)
-    try:
-        model, alone = shares_in_turn(method)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for mine, theirs in zip(alone, losses):
-        torch.testing.assert_close(theirs, mine, rtol=1e-9, atol=1e-9)
+    assert statuses(in_processes(2, one_of_two, method, out)) == [0, 0]
+    losses, weights = torch.load(out, weights_only=True)
+    model, alone = shares_in_turn(method)
+    torch.testing.assert_close(losses, alone, rtol=1e-9, atol=1e-9)
     for name, p in model.named_parameters():
         torch.testing.assert_close(weights[name], p.data, rtol=1e-7, atol=1e-9)
 
 
-def torchrun(processes, driver, *words, check=True):
-    """That many processes of a script, joined."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                f"--nproc-per-node={processes}", driver, *words]
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, launcher)], capture_output=True, text=True, cwd=HERE,
-                          env=environment)
-    assert not check or done.returncode == 0, done.stderr[-2000:]
-    return done
+@pytest.mark.parametrize("method", ["gridconv", "glagcn"])
+def test_two_processes_equal_two_shares_one_after_the_other(tmp_path, method):
+    fresh_python("tests.two_and_one(*sys.argv[1:])", method, tmp_path / "out.pt")
 
 
 def test_torchrun_has_one_writer_and_saves_everyones_random_state(tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text("""
-import sys, data, train
+import data, train
 clips = data.synthesize(0, frames=8, subjects=("S1", "S9"), motions=("walk",))
 data.synthesize = lambda seed: clips
-data.run(lambda: train.main(sys.argv[1:]))
+data.run(train.main)
 """)
-
-    def launch(processes, *words, check=True):
-        options = ("--hidden", 4, "--dropout", 0.1, "--batch", 16, "--epochs", 2)
-        out = ("--out", tmp_path / "run")
-        words = ("gridconv-synthetic", *out, *options, *words)
-        return torchrun(processes, driver, *words, check=check)
-    done = launch(2)
+    options = f"--hidden 4 --dropout 0.1 --batch 16 --epochs 2 --out {tmp_path / 'run'}"
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", driver,
+             "gridconv-synthetic", *options.split()]
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, *words]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("| gridconv-synthetic") == 2  # a line each of MPJPE and P-MPJPE
-    state = data.read_torch(tmp_path / "run" / "last.pt")
-    assert len(state["random"]) == 2
-    assert not torch.equal(state["random"][0][0], state["random"][1][0])
-    result = data.read_json(tmp_path / "run" / "result.json")
-    assert result["device"].startswith("2 x ")
-    assert "2 processes there, 1 here" in launch(1, check=False).stderr
-    refused_ones = launch(2, "--sync-norm", "--out", tmp_path / "b", check=False)
-    assert "sync_norm: needs several processes on GPUs" in refused_ones.stderr
+    one, other = data.read_torch(tmp_path / "run" / "last.pt")["random"]
+    assert not torch.equal(one[0], other[0])
+    assert data.read_json(tmp_path / "run" / "result.json")["device"].startswith("2 x ")
 
 
-def test_each_process_has_the_same_weights_and_noise_of_its_own(run_folder):
-    recipe = tiny_recipe()
-    store = make_run(run_folder).store
-    weights, noise = [], []
-    for rank, world in ((0, 1), (0, 2), (1, 2)):
-        run = train.Run(recipe, store, run_folder, CPU, rank=rank, world=world)
-        weights.append(flat_weights(run.model))
-        noise.append(torch.rand(3))
-    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
-    assert torch.equal(noise[0], noise[1]) and not torch.equal(noise[1], noise[2])
-
-
-def test_processes_agree_once_in_so_many_steps(run_folder, monkeypatch):
-    """The collective calls of an epoch of two processes: by one that pretends to be two."""
-    few_clips(monkeypatch)
-    run = make_run(run_folder, batch=4, epochs=1.0)
-    run.world, asked = 2, []
-    run.train_step = lambda chunk: setattr(run, "step", run.step + 1)
-    run.agreed = lambda *values: asked.append(run.step) or values
-    run.save = run.check_finite = lambda: None
-    monkeypatch.setattr(train, "end_epoch", lambda run, *_: run.history.append({}))
-    with train.Signals() as signals:
-        train.fit(run, None, signals, train.Progress(run, True))
-    assert run.epoch_steps > 25
-    tens = list(range(10, run.epoch_steps, 10))
-    assert asked == [*tens, run.epoch_steps, run.epoch_steps]
-
-
-def test_what_does_not_go_with_several_gpus_is_refused(run_folder):
-    cuda, recipe = torch.device("cuda"), tiny_recipe(compile=True)
-    with pytest.raises(InputError) as error:
-        train.Run(recipe, [0] * 100, run_folder, cuda, world=2)
-    assert_clear(error.value, ["compile", "several processes", "one GPU"])
-    with pytest.raises(InputError) as error:
-        train.Run(tiny_recipe(batch=7), [0] * 100, run_folder, CPU, world=4)
-    assert_clear(error.value, ["batch: 7", "4 processes"])
-
-
-def test_wrapping_for_several_gpus_broadcasts_no_buffers(run_folder, monkeypatch):
-    options = []
-
-    def wrapped(module, **given):
-        options.append(given)
-        return module
-    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", wrapped)
-    run = make_run(run_folder)
-    run.world = 2
-    run.reach(0.0), run.reach(0.5)
-    assert options == [{"broadcast_buffers": False}]
+def test_what_does_not_go_with_several_processes_is_refused(run_folder):
+    for fields, device, says in (
+            (dict(compile=True), "cuda", ["compile", "several processes", "one GPU"]),
+            (dict(batch=7), "cpu", ["batch: 7", "4 processes"])):
+        recipe, device = tiny_recipe(**fields), torch.device(device)
+        rejected(says, train.Run, recipe, [0] * 100, run_folder, device, world=4)
 
 
 # ---- fast forms and compilation
-
-@pytest.mark.parametrize("make, shape", [
-    (lambda: gridconv.GridLiftingNetwork(hidden=8, dropout=0.0), (4, 17, 2)),
-    (lambda: glagcn.GLAGCN(channels=8, filter_widths=(3, 3), dropout=0.0), (3, 9, 17, 2))],
-    ids=["gridconv", "glagcn"])
-def test_the_benchmark_compares_equal_things(make, shape):
-    model = shake(make(), dtype=torch.float64)
-    plain = train.by_reference(model)
-    x = torch.rand(shape, dtype=torch.float64)
-    torch.testing.assert_close(plain(x), model(x), rtol=1e-10, atol=1e-10)
-    changed = [layer for layer in plain.modules() if "forward" in vars(layer)]
-    assert len(changed) > 4 and not any("forward" in vars(layer) for layer in model.modules())
-
 
 def test_bench_prints_every_layer_and_network(monkeypatch, capsys):
     monkeypatch.setattr(train, "clock", lambda call, device, times=1: 2.0)
     train.main(["bench", "--device", "cpu"])
     told = capsys.readouterr().out
-    for what in ("D-GridConv layer", "GridConv, batch 200: training step", "graph convolution",
-                 "GridConv, batch 200: evaluation", "AGCN block", "T = 243: training step",
-                 "T = 27: evaluation"):
+    for what in ("D-GridConv layer", "C = 256: training step", "T = 27: evaluation"):
         assert what in told
-    assert told.count("1.00x") == 9 and "cpu" in told.lower()
+    assert told.count("1.00x") == 8 and "cpu" in told.lower()
 
 
-def test_bench_at_full_size_times_each_way_beside_the_papers(run_folder, monkeypatch, capsys):
+def test_bench_at_full_size_times_each_way_beside_the_papers(monkeypatch, capsys):
     few_clips(monkeypatch)
     monkeypatch.setattr(data, "H36M_FRAMES", {"train": (300,)})
-    small = dict(hidden=4, blocks=1, channels=4, filter_widths=(3,), reconstruct_blocks=1, batch=4)
-    names = ("gridconv-gt", "glagcn-gt-243-reconstruct")
-    for name in names:
-        monkeypatch.setitem(train.RECIPES, name, replace(train.RECIPES[name], **small))
-    train.main(["bench", "--full-size", "--device", "cpu", "--only", ",".join(names)])
+    small = dict(channels=4, filter_widths=(3,), reconstruct_blocks=1, batch=4)
+    name = "glagcn-gt-243-reconstruct"
+    monkeypatch.setitem(train.RECIPES, name, replace(train.RECIPES[name], **small))
+    train.main(["bench", "--full-size", "--device", "cpu", "--only", name])
     rows = [line for line in capsys.readouterr().out.splitlines() if "float32" in line]
-    assert [line.split(" | ")[0].strip("| ") for line in rows] == [names[0]] * 2 + [names[1]] * 2
-    assert all(float(line.split(" | ")[3]) > 0 for line in rows)
-    assert sum("the paper's form" in line for line in rows) == 2
-    refused("train.py", "bench", "--full-size", "--only", "gridconv-gtt", names="gridconv-gt")
+    assert len(rows) == 2 and "the paper's form" in rows[1]
+    assert all(float(row.split(" | ")[3]) > 0 for row in rows)
 
 
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("fields", [
-    {"layout": "autogrids", "noise_epochs": 0.0}, {"loss": "grid"}, {**TINY_GLA, "micro_batch": 16},
+    {"layout": "autogrids", "noise_epochs": 0.0}, {"loss": "grid"},
     {**TINY_GLA, "reconstruct": True, "stage_one_epochs": 1.0, "reconstruct_blocks": 1}],
-    ids=["gridconv", "grid", "glagcn", "reconstruction"])
+    ids=["gridconv", "grid", "reconstruction"])
 def test_compiled_training_takes_the_same_steps(run_folder, fields):
     losses = []
     for compiled in (False, True):
@@ -6988,61 +5449,46 @@ def test_compiled_training_takes_the_same_steps(run_folder, fields):
             run.begin_epoch(epoch)
             for chunk in first_batches(run, 2):
                 run.train_step(chunk)
-            losses.append(run.losses[:2].tolist())
-    assert losses[3:] == [pytest.approx(two, rel=1e-3) for two in losses[:3]]
-    assert len({loss for two in losses[:3] for loss in two}) == 6
+            losses += run.losses[:2].tolist()
+    assert losses[6:] == pytest.approx(losses[:6], rel=1e-3)
+    assert len(set(losses[:6])) == 6
 
 
-def test_only_the_model_is_compiled(run_folder, monkeypatch):
-    compiled = []
-
-    def compile(function, **options):
-        compiled.append((function, options))
-        return function
-    monkeypatch.setattr(torch, "compile", compile)
-    for loss, method in (("grid", "forward_grid"), ("mse", "forward")):
-        run = make_run(run_folder, loss=loss, compile=True)
-        assert compiled == [(getattr(run.model, method), {})]
-        compiled.clear()
-        take_steps(run)
-    assert set(dict(run.objective.named_parameters())) == {
-        f"model.{name}" for name, _ in run.model.named_parameters()}
-
-
-BUSY = """
-import os, signal, statistics, subprocess, time
-import train
-import torch
-sequences = train.data.synthesize(0, subjects=("S1",), motions=("walk",), frames=80)
-recipe = train.RECIPES["gridconv-synthetic"]
-store = train.data.FrameStore(sequences, recipe.normalise, train.data.SKELETONS["h36m17"])
-run = train.Run(recipe, store, ".", torch.device("cpu"))
-run.begin_epoch(0)
-chunk = run.batches(train.epoch_order(recipe, len(store), 0))[0]
-busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
-times = {1: [], 2: []}
-try:
-    for _ in range(4):
-        for threads in (2, 1):
+def slowness_beside_busy_processes():
+    """The time of a step with two threads by that with one, beside three busy processes."""
+    recipe = train.RECIPES["gridconv-synthetic"]
+    clips = data.synthesize(0, subjects=("S1",), motions=("walk",), frames=80)
+    run = train.Run(recipe, FrameStore(clips, recipe.normalise, H17), ".", CPU)
+    run.begin_epoch(0)
+    chunk, = first_batches(run, 1)
+    words = [sys.executable, "-c", "while True: pass"]
+    busy = [subprocess.Popen(words) for _ in range(3)]
+    times = {1: [], 2: []}
+    try:
+        for threads in (2, 2, 1, 1) * 4:
             torch.set_num_threads(threads)
-            for _ in range(2):
-                started = time.perf_counter()
-                run.train_step(chunk)
-                times[threads].append(time.perf_counter() - started)
-finally:
-    for process in busy:
-        process.kill()
-print(statistics.median(times[2]) / statistics.median(times[1]), os.environ["GOMP_SPINCOUNT"])
-"""
+            started = time.perf_counter()
+            run.train_step(chunk)
+            times[threads].append(time.perf_counter() - started)
+    finally:
+        for process in busy:
+            process.kill()
+    return np.median(times[2]) / np.median(times[1])
 
 
 def test_beside_busy_processes_two_threads_are_not_much_slower_than_one(monkeypatch):
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    ratio, spins = fresh_python(BUSY, threads="2").split()
+    code = "print(tests.slowness_beside_busy_processes(), tests.os.environ['GOMP_SPINCOUNT'])"
+    ratio, spins = fresh_python(code, threads="2").split()
     assert float(ratio) < 3 and int(spins) < 10 ** 6
 
 
 # ---- reports, ablations, the main job
+
+def results_in(folder):
+    """The results of every run in a folder."""
+    return [data.read_json(path) for path in sorted(folder.glob("*/result.json"))]
+
 
 def test_report_of_several_runs(small_run, run_folder):
     for seed in (0, 1):
@@ -7050,16 +5496,15 @@ def test_report_of_several_runs(small_run, run_folder):
     small_run("b", name="b")
     table = train.write_report(run_folder)
     report = (run_folder / "report.md").read_text()
-    kept = data.read_json(run_folder / "report.json")
-    results = [data.read_json(run_folder / name / "result.json") for name in ("a-0", "a-1")]
-    errors = [result["last"]["mpjpe"] for result in results]
-    row = next(row for row in kept["rows"] if row["run"] == "a" and row["figure"] == "MPJPE")
+    results = results_in(run_folder)
+    errors = [result["last"]["mpjpe"] for result in results[:2]]
+    row = train.summary(results)[0]
+    assert (row["run"], row["figure"], row["paper"]) == ("a", "MPJPE", None)
     assert row["last epoch"] == pytest.approx(sum(errors) / 2) and row["seeds"] == "0, 1"
     assert row["spread"] == pytest.approx(abs(errors[0] - errors[1]))
-    assert row["affine"] == results[0]["yardsticks"]["affine"] and row["paper"] is None
-    assert f"{sum(errors) / 2:.2f}" in table and report.startswith("# Report") and table in report
-    assert report.count("\n## ") == 3 and len(kept["runs"]) == 3
-    for broken in ("{", "[]", "{}", '{"recipe": 3}'):
+    assert f"{sum(errors) / 2:.2f}" in table and table in report
+    assert report.count("\n## ") == 3
+    for broken in ("{", "[]"):
         (run_folder / "b" / "result.json").write_text(broken)
         refused("train.py", "report", run_folder, names="result.json")
     refused("train.py", "report", run_folder / "none", names="none")
@@ -7069,135 +5514,103 @@ def fake_result(name, seed, error, **fields):
     """A result of a published row."""
     scores = {"mpjpe": error, "p_mpjpe": error - 10, "epoch": 3, "pck": 90.0, "auc": 60.0}
     recipe = dataclasses.asdict(replace(train.RECIPES[name], seed=seed))
-    return dict(recipe=recipe, data="Human3.6M", test_data="Human3.6M", compares=True, seed=seed,
-                settings_changed="", last={**scores, "mpjpe": error + 1}, best=scores, seconds=60.0,
+    last = {**scores, "mpjpe": error + 1}
+    return dict(recipe=recipe, data="Human3.6M", test_data="Human3.6M", compares=True,
+                seed=seed, settings_changed="", last=last, best=scores, seconds=60.0,
                 yardsticks={"affine": 70.0}, device="cpu", precision="float32", **fields)
 
 
 def test_figures_stand_beside_the_papers_only_where_they_compare():
-    results = [fake_result("gridconv-gt", seed, error) for seed, error in ((0, 37.0), (1, 38.0))]
     refined = {"mpjpe": 24.8, "p_mpjpe": 20.0}
-    results.append(fake_result("glagcn-gt-243-reconstruct", 0, 26.0, refined=refined))
-    results.append(fake_result("gridconv-hrnet", 0, 47.9) | {"settings_changed": "epochs 3"})
-    rows = {(row["run"], row["figure"]): row for row in train.summary(results)}
-    row = rows["gridconv-gt", "MPJPE"]
-    got = [row[key] for key in ("paper", "best epoch", "last epoch", "spread")]
+    results = [fake_result("gridconv-hrnet", 0, 47.9) | {"settings_changed": "epochs 3"},
+               fake_result("glagcn-gt-243-reconstruct", 0, 26.0, refined=refined),
+               fake_result("glagcn-gt-243", 0, 28.5),
+               fake_result("gridconv-gt", 0, 37.0), fake_result("gridconv-gt", 1, 38.0)]
+    rows = train.summary(results)
+    got = [[row[key] for key in ("run", "figure", "difference", "reproduced")] for row in rows]
+    assert got == [  # the headline rows come first
+        ["gridconv-gt", "MPJPE", pytest.approx(0.4), True],
+        ["glagcn-gt-243", "MPJPE", 0, True], ["glagcn-gt-243", "P-MPJPE", -3.5, False],
+        ["gridconv-hrnet (settings changed)", "MPJPE", 0, False],
+        ["gridconv-hrnet (settings changed)", "P-MPJPE", pytest.approx(0), False],
+        ["glagcn-gt-243-reconstruct", "MPJPE", 1.5, False],
+        ["glagcn-gt-243-reconstruct", "MPJPE, refined: true root", pytest.approx(0.3), True]]
+    got = [rows[0][key] for key in ("paper", "best epoch", "last epoch", "spread")]
     assert got == [37.1, 37.5, 38.5, 1.0]
-    assert row["difference"] == pytest.approx(0.4) and row["reproduced"] is True
-    row = rows["glagcn-gt-243-reconstruct", "MPJPE"]
-    assert row["difference"] == pytest.approx(1.5) and row["reproduced"] is False
-    refined = [row for (run, figure), row in rows.items() if "true root" in figure]
-    assert len(refined) == 1 and refined[0]["best epoch"] is None
-    assert refined[0]["difference"] == pytest.approx(0.3) and refined[0]["reproduced"] is True
-    row = rows["gridconv-hrnet (settings changed)", "MPJPE"]
-    assert row["difference"] == pytest.approx(0) and row["reproduced"] is False
-    results = [{**result, "compares": False} for result in results]
-    table = train.report_table(results)
-    assert all(row["paper"] is None for row in train.summary(results))
-    assert "37.10" not in table and "24.50" not in table
+    others = [{**result, "compares": False} for result in results]
+    assert all(row["paper"] is None for row in train.summary(others))
+    assert "37.10" not in train.report_table(others)
 
 
-def test_the_headline_rows_come_first():
-    names = ("gridconv-hrnet", "glagcn-gt-243", "gridconv-gt")
-    rows = train.summary([fake_result(name, 0, 40.0) for name in names])
-    order = list(dict.fromkeys(row["run"] for row in rows))
-    assert order == ["gridconv-gt", "glagcn-gt-243", "gridconv-hrnet"]
-
-
-@pytest.fixture
-def tiny_table(monkeypatch, run_folder):
-    """ablate of a table of two rows."""
+def test_ablation_trains_every_row_for_the_same_epochs_and_continues(run_folder, monkeypatch):
     few_clips(monkeypatch, 12)
     rows = {"one": (38.1, dict(layout="random")),
             "two": (None, dict(layout="autogrids", noise_epochs=0.5))}
     monkeypatch.setitem(train.ABLATIONS, "tiny", ("gridconv-synthetic", "P1*, Table 5", rows))
-    options = dict(hidden=4, blocks=1, epochs=0.5)
+    out, options = run_folder / "t", dict(hidden=4, blocks=1, epochs=0.5)
 
-    def run(seeds=2, only="", **more):
-        return train.ablate("tiny", "", run_folder / "t", seeds, only, {**options, **more}, "cpu")
-    return run
-
-
-def test_ablation_trains_every_row_for_the_same_epochs_and_continues(
-        tiny_table, run_folder, monkeypatch):
-    text = tiny_table()
-    paths = run_folder.glob("t/*/result.json")
-    results = {path.parent.name: data.read_json(path) for path in paths}
-    assert set(results) == {f"{row}-seed-{seed}" for row in ("one", "two") for seed in (0, 1)}
-    for name, result in results.items():
+    def ablate(only=""):
+        return train.ablate("tiny", "", out, 2, only, options, "cpu")
+    text, results = ablate(), results_in(out)
+    places = [path.name for path in sorted(out.iterdir())]
+    assert places == ["one-seed-0", "one-seed-1", "two-seed-0", "two-seed-1"]
+    for result, noise, seed in zip(results, (0, 0, 0.25, 0.25), (0, 1, 0, 1)):
         recipe = result["recipe"]
-        assert recipe["epochs"] == 0.5 and recipe["layout_seed"] == result["seed"]
-        assert recipe["noise_epochs"] == (0.25 if name.startswith("two") else 0)
-    errors = [results[f"one-seed-{seed}"]["last"]["mpjpe"] for seed in (0, 1)]
+        assert (recipe["epochs"], recipe["noise_epochs"]) == (0.5, noise)
+        assert recipe["layout_seed"] == result["seed"] == seed
+    errors = [result["last"]["mpjpe"] for result in results[:2]]
     assert f"{sum(errors) / 2:.2f}" in text and f"{abs(errors[0] - errors[1]):.2f}" in text
-    assert "38.10" in text and f"{results['two-seed-0']['parameters']:,}" in text
+    assert "38.10" in text and "other data" in text
+    assert f"{results[2]['parameters']:,}" in text
     monkeypatch.setattr(train, "train", None)  # nothing is trained twice
-    assert tiny_table() == text
-    assert "one" not in tiny_table(only="two").split("| two")[0].split("\n\n")[1]
-    with pytest.raises(InputError) as error:
-        tiny_table(only="two;three")
-    assert_clear(error.value, ["'three'", "one;two"])
-    assert "other data" in text
-    for name, result in results.items():
-        train.write_text(run_folder / "t" / name / "result.json",
-                         json.dumps({**result, "compares": True}))
-    assert "other data" not in tiny_table()
+    assert ablate() == text and "| one" not in ablate(only="two")
+    rejected(["'three'", "one;two"], ablate, only="two;three")
 
 
 @pytest.mark.parametrize("table", train.ABLATIONS)
 def test_every_ablation_is_of_possible_recipes_of_equal_samples(table):
     base, _, rows = train.ABLATIONS[table]
-    recipes = [train.ablation_recipe(train.RECIPES[base], label, 1, **fields)
-               for label, (_, fields) in rows.items()]
-    for recipe in recipes:
+    samples = set()
+    for label, (_, fields) in rows.items():
+        recipe = train.ablation_recipe(train.RECIPES[base], label, 1, **fields)
         assert train.parameters(replace(recipe, hidden=8, channels=4)) > 0
         assert (recipe.seed, recipe.layout_seed) == (1, 1)
         assert not train.paper_figures(vars(recipe))  # its base's is another row's
-    assert len({(recipe.epochs, recipe.batch, recipe.flips) for recipe in recipes}) == 1
+        samples.add((recipe.epochs, recipe.batch, recipe.flips))
+    assert len(samples) == 1
 
 
 def test_ablations_quote_the_papers_and_lifters_are_of_equal_size():
-    papers = {table: [paper for paper, _ in rows.values()]
-              for table, (_, _, rows) in train.ABLATIONS.items()}
-    assert papers["gridconv-5"] == [38.1, 37.1, 36.4, None, None]
-    assert papers["gridconv-B"] == [37.1, 38.4, 37.7, 39.4]
-    assert papers["gridconv-6"] == [37.1, 36.4, 35.0, 33.4]
-    printed = "40.8 42.3 41.1 40.4 40.2 41.2 41.5 40.5 39.0 39.2 39.3 40.6 39.7 39.5 38.9"
-    assert papers["gridconv-D"] == [float(word) for word in printed.split()]
-    assert papers["gridconv-E"] == [37.1, 37.2, 37.8, 37.7]
-    assert papers["glagcn-6"] == [28.0, 30.6, 27.7, 28.1, 25.8]
-    rows = train.ABLATIONS["gridconv-D"][2]  # the paper writes (horizontal, vertical)
-    assert rows["#3+#4"][1]["padding"] == (("replicate", "circular"), ("circular", "replicate"))
+    printed = {table: [paper for paper, _ in rows.values() if paper]
+               for table, (_, _, rows) in train.ABLATIONS.items()}
+    assert printed == {"lifters": [39.0, 37.1], "gridconv-5": [38.1, 37.1, 36.4],
+                       "gridconv-D-attention": [40.8, 42.3, 39.0, 37.1], "glagcn-reconstruct": []}
     base, _, rows = train.ABLATIONS["lifters"]
-    sizes = [train.parameters(train.ablation_recipe(train.RECIPES[base], label, 0, **fields))
-             for label, (_, fields) in rows.items()]
-    assert len(sizes) == 4 and all(300_000 < size < 335_000 for size in sizes)
-
-
-TINY_ROWS = dict(hidden=4, blocks=1, channels=4, epochs=0.02, batch=50, filter_widths=(3, 3),
-                 reconstruct_blocks=1)
+    for label, (_, fields) in rows.items():
+        recipe = train.ablation_recipe(train.RECIPES[base], label, 0, **fields)
+        assert 300_000 < train.parameters(recipe) < 335_000, label
 
 
 @pytest.fixture
 def tiny_rows(monkeypatch, everything):
-    """Every recipe with a tiny network; a function makes the miniatures the papers' data."""
+    """(folder, raw values) of the miniatures, now of the papers' sizes; every network is tiny."""
+    tiny = dict(hidden=4, blocks=1, channels=4, epochs=0.02, batch=50, filter_widths=(3, 3),
+                reconstruct_blocks=1)
     for name, recipe in list(train.RECIPES.items()):
         stage_one = 0.015 if recipe.reconstruct else 0.0
-        recipe = replace(recipe, **TINY_ROWS, stage_one_epochs=stage_one)
+        recipe = replace(recipe, **tiny, stage_one_epochs=stage_one)
         monkeypatch.setitem(train.RECIPES, name, recipe)
-
-    def genuine():
-        valid = {name: int(view["valid"].sum()) for name, view in everything[1].test_3dhp.items()}
-        monkeypatch.setattr(data, "H36M_FRAMES", {"train": (600 * 5,), "test": (236 * 5, 224 * 5)})
-        monkeypatch.setattr(data, "MPI3DHP_VALID", valid)
-    return genuine
+    valid = {name: int(view["valid"].sum()) for name, view in everything[1].test_3dhp.items()}
+    monkeypatch.setattr(data, "H36M_FRAMES", {"train": (600 * 5,), "test": (236 * 5, 224 * 5)})
+    monkeypatch.setattr(data, "MPI3DHP_VALID", valid)
+    return everything
 
 
 def plain_mpjpe(model, raw, views, skipped):
     """The protocol's MPJPE of a single-frame model, in NumPy: over frames, then over actions."""
     errors = {}
-    takes = [(s, take) for s in ("S9", "S11") for take in raw.space[s] if (s, take) not in skipped]
-    for subject, take in takes:
+    takes = [(subject, take) for subject in ("S9", "S11") for take in raw.space[subject]]
+    for subject, take in [one for one in takes if one not in skipped]:
         for c in range(4):
             pixels = (views[subject][take][c][:5, :, :2] - 500) / 500
             with torch.no_grad():
@@ -7210,43 +5623,40 @@ def plain_mpjpe(model, raw, views, skipped):
     return np.mean([np.mean(values) for values in errors.values()])
 
 
-def test_main_job_by_independent_arithmetic(tiny_rows, everything, tmp_path, capsys):
-    folder, raw = everything
-    tiny_rows()
-    only = "gridconv-hrnet-learnable,gridconv-gt"
-    train.reproduce(folder, tmp_path, "cpu", only, seeds=2)
-    said = capsys.readouterr().out
+def test_main_job_by_independent_arithmetic(tiny_rows, tmp_path, capsys):
+    folder, raw = tiny_rows
+    drifting = {("S9", "Waiting 1"), ("S9", "SittingDown 1"), ("S9", "Greeting")}
+    rows = {"gridconv-gt": (raw.gt, {("S11", "Directions")}),
+            "gridconv-hrnet-learnable": (raw.noisy, {("S11", "Directions"), *drifting})}
+
+    def reproduce():
+        train.reproduce(folder, tmp_path, "cpu", ",".join(rows), seeds=2)
+        return capsys.readouterr().out
+    said = reproduce()
     for word in ("gridconv-gt-seed-1", "to run", "float32", "GiB", "cpu"):
         assert word in said
-    kept = data.read_json(tmp_path / "report.json")
-    report = (tmp_path / "report.md").read_text()
-    skipped = {("S11", "Directions")}
-    drifting = {("S9", "Waiting 1"), ("S9", "SittingDown 1"), ("S9", "Greeting")}
-    sequences = {"gridconv-gt": (raw.gt, skipped),
-                 "gridconv-hrnet-learnable": (raw.noisy, skipped | drifting)}
-    for name, (views, skipped) in sequences.items():
+    table = {row["run"]: row for row in train.summary(results_in(tmp_path))
+             if row["figure"] == "MPJPE"}
+    for name, (views, skipped) in rows.items():
         measured = []
-        for ending in ("", "-seed-1"):
-            place = tmp_path / (name + ending)
+        for place in (tmp_path / name, tmp_path / f"{name}-seed-1"):
             result = data.read_json(place / "result.json")
             assert result["data"] == result["test_data"] == "Human3.6M" and result["compares"]
             assert result["test_frames"] == 5 * (240 - 4 * len(skipped))
             for which, file in (("best", "best.pt"), ("last", "model.pt")):
-                plain = plain_mpjpe(evaluation.load_model(place / file), raw, views, skipped)
+                plain = plain_mpjpe(load_model(place / file), raw, views, skipped)
                 assert result[which]["mpjpe"] == pytest.approx(plain, rel=1e-4)
             measured.append(result["best"]["mpjpe"])
-        row = next(row for row in kept["rows"] if row["run"] == name and row["figure"] == "MPJPE")
         mean = sum(measured) / 2
-        assert row["best epoch"] == pytest.approx(mean)
-        assert row["difference"] == pytest.approx(mean - row["paper"])
-        assert row["reproduced"] is False
-        assert f"{mean:.2f}" in report
-    before = (tmp_path / "gridconv-gt" / "last.pt").stat().st_mtime_ns
-    train.reproduce(folder, tmp_path, "cpu", only, seeds=2)  # nothing is done twice
-    assert capsys.readouterr().out.count(" done ") == 4
-    assert (tmp_path / "gridconv-gt" / "last.pt").stat().st_mtime_ns == before
-    recipe, place = train.RECIPES["gridconv-gt"], tmp_path / "gridconv-gt"
-    assert train.finished(recipe, folder, place)
+        difference = mean - PRINTED[name][0]
+        assert table[name]["best epoch"] == pytest.approx(mean)
+        assert table[name]["difference"] == pytest.approx(difference)
+        assert f"{mean:.2f}" in (tmp_path / "report.md").read_text()
+    place = tmp_path / "gridconv-gt"
+    before = (place / "last.pt").stat().st_mtime_ns
+    assert reproduce().count(" done ") == 4  # nothing is done twice
+    assert (place / "last.pt").stat().st_mtime_ns == before
+    recipe = train.RECIPES["gridconv-gt"]
     assert train.finished(replace(recipe, precision="bf16"), folder, place)
     assert not train.finished(replace(recipe, lr=1.0), folder, place)
     was = (folder / "data_3d_h36m.npz").stat()
@@ -7255,36 +5665,34 @@ def test_main_job_by_independent_arithmetic(tiny_rows, everything, tmp_path, cap
     os.utime(folder / "data_3d_h36m.npz", ns=(was.st_atime_ns, was.st_mtime_ns))
 
 
-def test_rows_of_other_datasets_and_the_refined_figure(tiny_rows, everything, tmp_path):
-    folder = everything[0]
-    tiny_rows()
-    names = "gridconv-3dhp-cross,glagcn-3dhp-27,glagcn-humaneva-mrcnn,glagcn-gt-243-reconstruct"
-    train.reproduce(folder, tmp_path, "cpu", names, options=dict(eval_every=10 ** 6))
-    kept = data.read_json(tmp_path / "report.json")
-    runs = {result["recipe"]["name"]: result for result in kept["runs"]}
-    assert set(runs) == {*names.split(","), "gridconv-gt-learnable"}  # whose weights one takes
+def test_rows_of_other_datasets_and_the_refined_figure(tiny_rows, tmp_path):
+    folder, _ = tiny_rows
+    names = ("gridconv-3dhp-cross", "glagcn-3dhp-27", "glagcn-humaneva-mrcnn",
+             "glagcn-gt-243-reconstruct")
+    options = dict(eval_every=10 ** 6)
+    train.reproduce(folder, tmp_path, "cpu", ",".join(names), options=options)
+    runs = {result["recipe"]["name"]: result for result in results_in(tmp_path)}
+    source = "gridconv-gt-learnable"  # whose weights one row takes
+    assert set(runs) == {*names, source}
     keys = {title: key for key, title in evaluation.METRICS.items()}
-    for name in names.split(","):
-        rows = [row for row in kept["rows"] if row["run"].split(" ")[0] == name]
+    for name in names:
+        rows = train.summary([runs[name]])
         assert {row["paper"] for row in rows} == set(PRINTED[name])
         for row in rows:
             figure = keys[row["figure"].split(",")[0]]
             scores = runs[name]["refined" if "true root" in row["figure"] else "last"]
             assert row["last epoch"] == pytest.approx(scores[figure])
-    assert not runs["glagcn-humaneva-mrcnn"]["recipe"]["input_norm"]
-    model = evaluation.load_model(tmp_path / "gridconv-gt-learnable" / "model.pt")
-    store = data.make_store(train.RECIPES["gridconv-3dhp-cross"], folder, "test", CPU)
-    scores = evaluation.evaluate(model, store)
-    assert runs["gridconv-3dhp-cross"]["last"]["auc"] == pytest.approx(scores["auc"])
     cross = train.RECIPES["gridconv-3dhp-cross"]
-    result = train.run_recipe(cross, folder, tmp_path / "gridconv-3dhp-cross", "cpu")
-    assert "eval_every" in result["settings_changed"]  # of the training
-    (tmp_path / "gridconv-gt-learnable" / "result.json").unlink()
-    with pytest.raises(InputError, match="first: python train.py gridconv-gt-learnable"):
-        train.run_recipe(cross, folder, tmp_path / "gridconv-3dhp-cross", "cpu")
+    store = data.make_store(cross, folder, "test", CPU)
+    scores = evaluation.evaluate(load_model(tmp_path / source / "model.pt"), store)
+    assert runs[cross.name]["last"]["auc"] == pytest.approx(scores["auc"])
+    assert "eval_every" in runs[cross.name]["settings_changed"]  # of the training
+    (tmp_path / source / "result.json").unlink()
+    says = f"first: python train.py {source}"
+    rejected(says, train.run_recipe, cross, folder, tmp_path / cross.name, "cpu")
 
 
-def test_a_failing_row_does_not_stop_the_others(tiny_rows, everything, tmp_path, monkeypatch):
+def test_a_failing_row_does_not_stop_the_others(tiny_rows, tmp_path, monkeypatch):
     real = train.Run.train_step
 
     def train_step(self, chunk):
@@ -7294,12 +5702,13 @@ def test_a_failing_row_does_not_stop_the_others(tiny_rows, everything, tmp_path,
             raise RuntimeError("a fault of ours")
         real(self, chunk)
     monkeypatch.setattr(train.Run, "train_step", train_step)
-    status, out, err = command("train.py", "reproduce", "--data", everything[0], "--out", tmp_path)
-    assert status == 2
-    assert "error: gridconv-gt: gridconv-gt: out of memory" in err and "--micro-batch" in err
+    words = ("reproduce", "--data", tiny_rows[0], "--out", tmp_path)
+    status, _, err = command("train.py", *words)
+    assert status == 2 and "error: gridconv-gt: gridconv-gt: out of memory" in err
     assert "a fault of ours" in err and "2 of 3 runs failed" in err.splitlines()[-1]
-    kept = data.read_json(tmp_path / "report.json")
-    assert [result["recipe"]["name"] for result in kept["runs"]] == ["glagcn-gt-243"]
+    result, = results_in(tmp_path)
+    assert result["recipe"]["name"] == "glagcn-gt-243"
+    assert "glagcn-gt-243" in (tmp_path / "report.md").read_text()
 
 
 def test_which_rows_run(everything, tmp_path):
@@ -7308,16 +5717,12 @@ def test_which_rows_run(everything, tmp_path):
     assert train.rows_to_run(tmp_path) == list(train.EMBEDDED)
     every = train.rows_to_run(folder, everything=True)
     assert every[:3] == list(train.HEADLINE) and len(set(every)) == len(every)
-    assert set(PRINTED) - set(every) == set(train.ONLY_BY_NAME)
-    assert every.index("gridconv-gt-learnable") < every.index("gridconv-3dhp-cross")
-    assert train.rows_to_run(folder, train.ONLY_BY_NAME[0]) == list(train.ONLY_BY_NAME)
+    assert set(PRINTED) - set(every) == {"glagcn-gt-243-reconstruct-512"}
     chain = ["gridconv-gt-learnable", "gridconv-3dhp-cross"]
     assert train.rows_to_run(folder, "gridconv-3dhp-cross") == chain
     shutil.copy(folder / "data_test_3dhp.npz", tmp_path)  # alone it trains nothing
     assert train.rows_to_run(tmp_path, everything=True) == list(train.EMBEDDED)
-    for only, says in (("gridconv-gt", "data_3d_h36m.npz"), ("gridconv-gtt", "gridconv-gt")):
-        with pytest.raises(InputError, match=says):
-            train.rows_to_run(tmp_path, only)
+    rejected("data_3d_h36m.npz", train.rows_to_run, tmp_path, "gridconv-gt")
 
 
 def test_settings_changed_names_what_differs_from_the_published_row():
@@ -7328,65 +5733,57 @@ def test_settings_changed_names_what_differs_from_the_published_row():
     assert train.settings_changed(tiny_recipe()) == ""
 
 
-def test_list_says_what_is_here_at_once(everything, tmp_path, capsys):
-    started = time.monotonic()
-    train.main(["--list", "--data", str(everything[0])])
-    assert time.monotonic() - started < 20
-    lines = capsys.readouterr().out.splitlines()
-    cells = [[cell.strip() for cell in line.split("|")] for line in lines if "|" in line]
-    rows = {row[1]: row for row in cells}
+def test_list_says_what_is_here(everything, tmp_path, capsys):
+    here = {}
+    for folder in (everything[0], tmp_path):
+        train.main(["--list", "--data", str(folder)])
+        lines = [line for line in capsys.readouterr().out.splitlines() if "|" in line]
+        cells = [[cell.strip() for cell in line.split("|")] for line in lines]
+        rows = {row[1]: row[3:6] for row in cells}
+        here[folder] = {name for name, row in rows.items() if row[1] == "yes"}
     assert max(map(len, lines)) <= 120 and set(train.RECIPES) < set(rows)
-    assert rows["gridconv-3dhp-cross"][3:5] == ["72.1/89.2/57.6", "yes"]
-    assert rows["glagcn-gt-243-reconstruct-512"][5] == "48.64 M"
-    train.main(["--list", "--data", str(tmp_path)])
-    lines = capsys.readouterr().out.splitlines()
-    here = {line.split("|")[1].strip() for line in lines if "| yes" in line}
-    assert here == set(train.EMBEDDED)
+    assert rows["gridconv-3dhp-cross"][:2] == ["72.1/89.2/57.6", "no"]
+    assert rows["glagcn-gt-243-reconstruct-512"][2] == "48.64 M"
+    assert here[tmp_path] == set(train.EMBEDDED) and set(PRINTED) < here[everything[0]]
 
 
 def test_training_beats_the_affine_yardstick(tmp_path, monkeypatch, capsys):
     whole = data.synthesize
     monkeypatch.setattr(data, "synthesize", lambda seed: whole(seed, frames=60))
-    options = "--epochs 6 --hidden 16 --blocks 1 --attention= --batch 32 --lr 8e-3"
-    train.main(["gridconv-synthetic", "--out", str(tmp_path / "run"), *options.split()])
+    options = "--hidden 16 --blocks 1 --attention= --batch 32 --epochs 5 --lr 1e-2 --eval-every 9"
+    train.main(["gridconv-synthetic", "--out", str(tmp_path), *options.split()])
     told = capsys.readouterr().out
-    result = data.read_json(tmp_path / "run" / "result.json")
+    result = data.read_json(tmp_path / "result.json")
     yardsticks = result["yardsticks"]
     assert result["last"]["mpjpe"] < yardsticks["affine"] < yardsticks["mean_pose"]
-    weights = f"{tmp_path / 'run' / 'model.pt'}"
-    assert f"python eval.py {weights}" in told and f"lift KEYPOINTS --model {weights}" in told
+    weights = tmp_path / "model.pt"
+    assert f"python eval.py {weights}" in told
+    assert f"lift KEYPOINTS --model {weights}" in told
     assert f"{result['last']['mpjpe']:.2f}" in told
 
 
-def miniature_of_the_repository(folder):
-    """The program's files in a folder of their own."""
-    for path in [*HERE.glob("*.py"), HERE / "reproduce.sh", HERE / "requirements.txt"]:
-        shutil.copy(path, folder)
-
-
 def reproduce_sh(place, *words, **environment):
-    """bash reproduce.sh of a copy."""
-    given = {name: str(value) for name, value in environment.items()}
-    ours = ("PYTHON", "DATA", "RESULTS")
-    kept = {name: value for name, value in os.environ.items() if name not in ours}
-    return subprocess.run(["bash", place / "reproduce.sh", *words], capture_output=True, text=True,
-                          cwd=place.parent, env={**kept, "OMP_NUM_THREADS": "1", **given})
+    """bash reproduce.sh of a copy of the program in a folder."""
+    place.mkdir(exist_ok=True)
+    for path in [*HERE.glob("*.py"), HERE / "reproduce.sh", HERE / "requirements.txt"]:
+        shutil.copy(path, place)
+    unset = dict(PYTHON="", DATA="", RESULTS="", OMP_NUM_THREADS="1")
+    words = ["bash", place / "reproduce.sh", *words]
+    return subprocess.run(words, capture_output=True, text=True, cwd=place.parent,
+                          env={**os.environ, **unset, **environment})
 
 
 def test_reproduce_sh_on_a_miniature(everything, tmp_path):
-    place = tmp_path / "copy"
-    place.mkdir()
-    miniature_of_the_repository(place)
-    paths = dict(PYTHON=sys.executable, DATA=everything[0], RESULTS=tmp_path / "results")
-    tiny = "--hidden 4 --blocks 1 --channels 4 --filter-widths 3,3 --epochs 0.2 --batch 50"
-    done = reproduce_sh(place, *tiny.split(), "--quick", **paths)
+    paths = dict(PYTHON=sys.executable, DATA=str(everything[0]), RESULTS=str(tmp_path / "r"))
+    tiny = "--hidden 4 --blocks 1 --channels 4 --filter-widths 3,3 --epochs 0.02 --batch 50"
+    done = reproduce_sh(tmp_path / "copy", *tiny.split(), **paths)
     assert done.returncode == 0, done.stderr
-    assert all(f"{name}-quick " in done.stdout for name in train.HEADLINE)
-    assert "a tenth of the epochs" in done.stdout
-    report = (tmp_path / "results" / "report.md").read_text()
-    assert not re.search(r"\b(37\.10?|36\.40?|28\.50?|26\.50|22\.00?)\b", report)  # the papers'
+    report = (tmp_path / "r" / "report.md").read_text()
+    assert all(name in done.stdout and name in report for name in train.HEADLINE)
+    assert not re.search(r"\b(37\.10?|36\.40?|28\.50?|22\.00?)\b", report)  # the papers'
     assert "epochs 0.02 (published: 100.0)" in report
-    bad = reproduce_sh(place, "--only", "gridconv-gt", **{**paths, "DATA": tmp_path})
+    paths["DATA"] = str(tmp_path)
+    bad = reproduce_sh(tmp_path / "copy", "--only", "gridconv-gt", **paths)
     assert bad.returncode == 2 and bad.stdout == "" and bad.stderr.count("\n") == 1
     assert "data_3d_h36m.npz" in bad.stderr
 
@@ -7394,119 +5791,80 @@ def test_reproduce_sh_on_a_miniature(everything, tmp_path):
 @pytest.mark.parametrize("layout", ["bin/python", "Scripts/python.exe"])
 def test_reproduce_sh_sets_up_finds_its_python_and_bounds_spinning(tmp_path, layout):
     """With a stand-in for Python that makes a venv and says how it was called."""
-    place, made = tmp_path / "copy", tmp_path / "stand-in"
-    place.mkdir()
-    miniature_of_the_repository(place)
-    made.mkdir()
-    script = f"""#!/bin/sh
+    place, python = tmp_path / "copy", tmp_path / "python3"
+    python.write_text(f"""#!/bin/sh
 if [ "$2" = venv ]; then mkdir -p .venv/$(dirname {layout}) && cp "$0" .venv/{layout}; exit; fi
 echo "$0 $GOMP_SPINCOUNT $*"
-"""
-    for name in ("python3", "python"):
-        (made / name).write_text(script)
-        (made / name).chmod(0o755)
-    path = f"{made}{os.pathsep}{os.environ['PATH']}"
-    done = reproduce_sh(place, "--setup", PATH=path)
+""")
+    python.chmod(0o755)
+    environment = dict(PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}", OMP_WAIT_POLICY="")
+    done = reproduce_sh(place, "--setup", **environment)
     assert done.returncode == 0 and "train.py" not in done.stdout
     installed, wanted = place / ".venv" / "installed.txt", place / "requirements.txt"
     assert installed.read_text() == wanted.read_text()
-    done = reproduce_sh(place, "--test", "-x", PATH=path)
+    done = reproduce_sh(place, "--test", "-x", **environment)
     assert f".venv/{layout}" in done.stdout and done.stdout.strip().endswith("-m pytest -x")
-    done = reproduce_sh(place, "--quick", PATH=path, GOMP_SPINCOUNT="7")
-    assert " 7 train.py reproduce --data data --out results --quick" in done.stdout
-    if "GOMP_SPINCOUNT" in os.environ:
-        done = reproduce_sh(place, PATH=path, GOMP_SPINCOUNT="")
-        assert " 1000 train.py" in done.stdout
+    for spins, bounded in (("7", "7"), ("", "1000")):
+        done = reproduce_sh(place, "--all", **environment, GOMP_SPINCOUNT=spins)
+        assert f" {bounded} train.py reproduce --data data --out results --all" in done.stdout
 
 
 # ---- the command line
 
 @pytest.mark.parametrize("words, names", [
-    ("nothing", "nothing"), ("gridcnv-gt", "gridconv-gt"), ("abalte gridconv-5", "ablate"),
-    ("gridconv-mocap", "data_3d_mocap.npz"), ("gridconv-gt --data nowhere", "nowhere"),
-    ("gridconv-synthetic --epochs x", "--epochs"),
-    ("gridconv-synthetic --padding mirror", "mirror"),
-    ("gridconv-synthetic --layout spiral", "spiral"), ("glagcn-synthetic --filter-widths 3,2", "2"),
-    ("glagcn-synthetic --unshared-weight 1.5", "1.5"), ("ablate table-9", "table-9"),
+    ("gridcnv-gt", "gridconv-gt"), ("gridconv-gt --data nowhere", "nowhere"),
     ("gridconv-synthetic --out /proc/none", "/proc/none"),
-    ("gridconv-synthetic --grid 4,4", "4 x 4"),
-    ("gridconv-synthetic --device abacus", "abacus"), ("gridconv-synthetic --device meta", "meta"),
-    ("gridconv-synthetic --out=", "--out"), ("gridconv-synthetic --data=", "--data"),
-    ("gridconv-synthetic --batch 1", "batch: 1"), ("gridconv-synthetic --epochs -1", "epochs"),
-    ("gridconv-synthetic --epochs nan", "epochs: nan"), ("gridconv-synthetic --loss l3", "l3"),
+    ("gridconv-synthetic --epochs x", "--epochs"),
+    ("gridconv-synthetic --epochs nan", "epochs: nan"),
     ("gridconv-synthetic --schedule linear", "linear"),
-    ("gridconv-synthetic --schedule 0.96/0", "0.96/0"),
-    ("gridconv-synthetic --kernel-sizes 3,3,3", "kernel"), ("gridconv-synthetic --grid 5", "grid"),
-    ("gridconv-synthetic --grid ²,5", "²"), ("gridconv-synthetic --skeleton robot", "robot"),
-    ("gridconv-synthetic --hidden 0", "hidden: 0"), ("gridconv-synthetic --precision half", "half"),
-    ("glagcn-synthetic --dropout 2", "dropout: 2"),
-    ("gridconv-synthetic --flips maybe", "--flips"),
-    ("gridconv-synthetic --micro-batch 1", "micro_batch: 1"),
-    ("glagcn-synthetic --loss grid", "loss: 'grid'"),
-    ("glagcn-synthetic --stage-one-epochs 9", "stage_one_epochs: 9"),
-    ("glagcn-synthetic --causal --reconstruct --stage-one-epochs 1", "causal"),
-    ("glagcn-synthetic --skeleton 3dhp17", "3dhp17"), ("gridconv-3dhp-cross --noise 5", "noise: 5"),
-    ("glagcn-humaneva-gt --refine", "refine"), ("gridconv-3dhp-cross --out x", "--out x"),
-    ("glagcn-synthetic --hidden 8", "--hidden"), ("gridconv-synthetic --channels 8", "--channels"),
-    ("gridconv-synthetic banana", "banana"), ("gridconv-synthetic --quick", "--quick"),
-    ("bench --seeds 2", "--seeds"), ("bench --hidden 8", "--hidden"), ("--list --lr 1", "--lr"),
-    ("--data x", "--data"), ("ablate gridconv-5 --seeds 0", "--seeds"), ("ablate", "TABLE"),
-    ("ablate gridconv-5 --layout-seed 3", "--layout-seed"), ("report --minutes 3", "--minutes"),
-    ("ablate gridconv-5 --only random;shuffled", "shuffled"), ("reproduce --seed 5", "--seed"),
-    ("reproduce --only gridconv-gtt", "gridconv-gt"), ("reproduce --seeds 0", "--seeds"),
-    ("reproduce --frob", "--frob"), ("reproduce --hidden x", "--hidden")])
+    ("gridconv-synthetic --padding mirror", "mirror"),
+    ("gridconv-synthetic --device abacus", "abacus"), ("gridconv-synthetic --grid 5", "grid"),
+    ("glagcn-synthetic --hidden 8", "--hidden"), ("glagcn-humaneva-gt --refine", "refine"),
+    ("gridconv-3dhp-cross --out x", "--out x"), ("--list --lr 1", "--lr"),
+    ("ablate", "TABLE"), ("ablate table-9", "table-9"),
+    ("ablate gridconv-5 --seeds 0", "--seeds"), ("bench --seeds 2", "--seeds"),
+    ("ablate gridconv-5 --only random;shuffled", "shuffled"),
+    ("report --minutes 3", "--minutes"), ("reproduce --only gridconv-gtt", "gridconv-gt"),
+    ("reproduce --seed 5", "--seed"), ("reproduce --hidden x", "--hidden")])
 def test_bad_commands_end_in_one_line_and_status_2(tmp_path, monkeypatch, words, names):
     monkeypatch.chdir(tmp_path)
     refused("train.py", *words.split(" "), names=names)
     assert not list(tmp_path.rglob("*.pt"))
 
 
-def test_a_bad_command_from_the_shell(tmp_path):
-    words = [sys.executable, str(HERE / "train.py"), "nothing"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-
-
-def test_help_shows_each_recipes_own_settings(capsys):
-    helps = {}
-    for name in ("gridconv-gt", "glagcn-gt-27", "--help", "ablate", "bench", "report", "reproduce"):
-        with contextlib.suppress(SystemExit):
-            train.main([name] if name == "--help" else [name, "--help"])
-        helps[name] = " ".join(capsys.readouterr().out.split())
-    for name, words in {
-            "--help": "torchrun", "ablate": "TABLE --epochs", "bench": "--full-size",
-            "report": "folder", "reproduce": "--quick --all",
-            "glagcn-gt-27": "[ranger] [512] --channels lambda", "gridconv-gt":
-            "[adam] [200] --hidden sigmoid norm;"}.items():
-        assert all(word in helps[name] for word in words.split()), name
-    assert "--hidden" not in helps["glagcn-gt-27"] and "--channels" not in helps["gridconv-gt"]
+@pytest.mark.parametrize("name, words", [
+    ("ablate", "TABLE --epochs"), ("bench", "--full-size"), ("report", "folder"),
+    ("reproduce", "--all --seeds"), ("glagcn-gt-27", "[ranger] [512] --channels lambda"),
+    ("gridconv-gt", "[adam] [200] --hidden sigmoid")])
+def test_help_shows_each_commands_own_settings(name, words):
+    status, told, _ = command("train.py", name, "--help")
+    assert status == 0 and all(word in told for word in words.split())
+    foreign = {"glagcn-gt-27": "--hidden", "gridconv-gt": "--channels"}
+    assert foreign.get(name, "--nothing") not in told
+    assert "torchrun" in command("train.py", "--help")[1]
 
 
 @pytest.mark.parametrize("words, field, value", [
-    ("--kernel-sizes 3,3:3,1", "kernel_sizes", (3, (3, 3), 1)), ("--flips", "flips", True),
-    ("--padding circular,replicate:circular", "padding", ("circular", ("replicate", "circular"))),
-    ("--flips true", "flips", True), ("--flips no", "flips", False), ("--lr 0.5", "lr", 0.5),
-    ("--batch 7", "batch", 7), ("--dataset mocap", "data", "mocap"),
-    ("--attention=", "attention", "")])
+    ("--kernel-sizes 3,3:3,1", "kernel_sizes", (3, (3, 3), 1)),
+    ("--padding zeros,replicate:zeros", "padding", ("zeros", ("replicate", "zeros"))),
+    ("--flips", "flips", True), ("--flips no", "flips", False),
+    ("--lr 0.5", "lr", 0.5), ("--batch 7", "batch", 7),
+    ("--dataset mocap", "data", "mocap"), ("--attention=", "attention", "")])
 def test_options_become_recipe_fields(monkeypatch, words, field, value):
-    seen = []
-    monkeypatch.setattr(train, "run_recipe", lambda recipe, *rest: seen.append((recipe, rest)))
+    seen = mock.Mock(return_value=None)
+    monkeypatch.setattr(train, "run_recipe", seen)
     train.main(["gridconv-gt", *words.split(), "--data", "there", "--device", "cpu"])
-    recipe, (folder, out, device) = seen[0]
-    assert getattr(recipe, field) == value and (folder, device) == ("there", "cpu")
-    assert replace(recipe, **{field: getattr(train.RECIPES["gridconv-gt"], field)}) == \
-        train.RECIPES["gridconv-gt"]
+    want = replace(train.RECIPES["gridconv-gt"], **{field: value})
+    seen.assert_called_once_with(want, "there", "results/gridconv-gt", "cpu")
 
 
 # ---- on a GPU: pytest -m gpu
 
 GPU_METHODS = {
     "gridconv": {}, "grid loss": dict(loss="grid", layout="released"),
-    "autogrids": dict(layout="autogrids"), "vanilla": dict(attention=""),
+    "autogrids": dict(layout="autogrids"), "uvd": dict(target="uvd"),
     "temporal": dict(method="gridconv-temporal", filter_widths=(3, 3), flips=True),
-    "fc": dict(method="fc"), "gcn": dict(method="gcn"), "uvd": dict(target="uvd"),
-    "glagcn": TINY_GLA,
+    "fc": dict(method="fc"), "gcn": dict(method="gcn"), "glagcn": TINY_GLA,
     "reconstruct": {**TINY_GLA, "reconstruct": True, "stage_one_epochs": 0.004}}
 
 
@@ -7527,18 +5885,11 @@ def test_a_step_on_a_gpu_is_the_cpus(run_folder, name):
 @on_gpu
 @pytest.mark.parametrize("method", ["gridconv", "glagcn"])
 def test_a_run_on_a_gpu_is_reproducible_and_resumes(run_folder, method, monkeypatch):
-    few_clips(monkeypatch, 24)
     recipe = replace(noisy(method, 2.0), deterministic=True, precision="float32")
-
-    def run(name):
-        return train.train(recipe, out=run_folder / name, device="cuda", quiet=True)
     try:
-        run("whole")
-        assert stopped(run, "parts", monkeypatch, 3) == 143
-        run("parts")
+        run_twice(run_folder, monkeypatch, recipe, "cuda")
     finally:
         torch.use_deterministic_algorithms(False)
-    assert_same_run(run_folder / "whole", run_folder / "parts")
 
 
 @on_gpu
@@ -7546,7 +5897,7 @@ def test_a_run_on_a_gpu_is_reproducible_and_resumes(run_folder, method, monkeypa
                                     dict(micro_batch=16), dict(compile=True)], ids=str)
 @pytest.mark.parametrize("base", [dict(attention=""), {**TINY_GLA, "batch": 64}],
                          ids=["gridconv", "glagcn"])
-def test_every_way_of_executing_takes_nearly_the_same_steps_on_a_gpu(run_folder, base, fields):
+def test_every_way_of_executing_takes_nearly_the_same_steps(run_folder, base, fields):
     losses = []
     for more in (dict(precision="float32"), fields):
         device, _ = evaluation.pick_device("cuda", more.get("precision", "float32"))
