@@ -558,15 +558,15 @@ class FrameStore:
     projection u, v and the root-relative depth in metres (GridConv's rows marked with a section
     sign). sequence (N,) each frame's sequence, first and last (N,) the bounds of that sequence,
     root (N, 3), valid (N,) bool, intrinsics (S, 9); on the CPU sizes (S, 2).
-    cameras="random" (see `random_cameras`), `noise` and `missing` (see `detect`) are drawn anew by
-    `redraw`. swap_sides exchanges the left and right joints of the input alone (GLA-GCN's Table 6,
-    row 4).
+    cameras="random" (see `random_cameras`), `noise` and `missing` (see `detect`) are drawn by the
+    number `draw`, and anew by `redraw`. swap_sides exchanges the left and right joints of the input
+    alone (GLA-GCN's Table 6, row 4).
     Raises InputError for an empty list, a wrong number of joints, an unknown rule, "uvd"
     without cameras, or random cameras without the recorded ones' extrinsics.
     """
 
     def __init__(self, sequences, rule, skeleton, device="cpu", target="camera",
-                 cameras="recorded", noise=0.0, missing=0.0, swap_sides=False):
+                 cameras="recorded", noise=0.0, missing=0.0, swap_sides=False, draw=0):
         _check_joints(sequences, skeleton, "frame store")
         self.sequences, self.skeleton, self.rule = list(sequences), skeleton, rule
         self.noise, self.missing, self.swap_sides = noise, missing, swap_sides
@@ -593,7 +593,7 @@ class FrameStore:
         if cameras == "random" or noise or missing:  # a figure measured on it is called so
             how = f", {cameras} cameras, noise {noise:g}, missing {missing:g}"
             self.sequences = [replace(s, source=s.source + how) for s in sequences]
-        self.redraw()
+        self.redraw(draw)
 
     def __len__(self):
         return len(self.input)
@@ -1474,12 +1474,10 @@ def make_store(recipe, folder, split, device="cpu"):
         raise InputError(f"no {split} set of {recipe.skeleton} of {recipe.data}; known: {DATASETS}")
     sequences = load_dataset(recipe, folder, split)
     sizes = {(0, 0)} if recipe.cameras == "random" else {s.size for s in sequences}  # (0, 0): any
-    store = FrameStore(
+    return FrameStore(
         sequences, fitting_rule(recipe.normalise, sizes), SKELETONS[recipe.skeleton], device,
-        recipe.target, recipe.cameras, recipe.noise, recipe.missing, recipe.swap_sides)
-    if split == "test":
-        store.redraw(TEST_DRAW)
-    return store
+        recipe.target, recipe.cameras, recipe.noise, recipe.missing, recipe.swap_sides,
+        draw=TEST_DRAW if split == "test" else 0)
 
 
 def files_of(recipe, folder):

@@ -809,7 +809,7 @@ def fit(run, test_store, caught, quiet):
             if stop or due or run.step == last:
                 run.check_finite()
                 run.seconds += time.perf_counter() - started
-                run.save(stop)
+                run.save(stop)  # at an epoch's end too: its evaluation may take long
                 saved, started = time.monotonic(), time.perf_counter()
         end_epoch(run, test_store, last - first, progress)
         run.save(*run.agreed(caught[-1]))
