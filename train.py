@@ -750,20 +750,22 @@ def train(recipe, folder="data", out=None, device=None, quiet=False):
         try:
             with locked(out) if rank == 0 else contextlib.nullcontext():  # one process writes
                 run, stores = prepare(recipe, folder, out, device, rank, world)
-                fit(run, stores["test"], caught, quiet or rank > 0)
-                if rank > 0:
-                    return None
-                result = finish(run, stores, precision)
-                result["files"] = files_read(recipe, folder)
-                data.write_text(out / "result.json", json.dumps(result, indent=1))
-                return result
+                try:
+                    fit(run, stores["test"], caught, quiet or rank > 0)
+                finally:
+                    run.step_loss = None  # see `processes`
+                return finish(run, stores, precision, folder) if rank == 0 else None
         except torch.OutOfMemoryError:
             raise InputError(out_of_memory(recipe, precision, device)) from None
 
 
 @contextlib.contextmanager
 def processes(device):
-    """(this process's rank, their number): joined under torchrun, (0, 1) without it."""
+    """(this process's rank, their number): joined under torchrun, (0, 1) without it.
+
+    What holds the group must be gone at the end: a DistributedDataParallel that outlives it frees
+    it with Python's lock held, which torch's own threads may be waiting for (seen in torch 2.13).
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield 0, 1
         return
@@ -836,8 +838,8 @@ def end_epoch(run, test_store, steps, progress):
         progress.show(row)
 
 
-def finish(run, stores, precision):
-    """The result of a finished run: what was trained on what, its scores, where and how."""
+def finish(run, stores, precision, folder):
+    """The result of a finished run, also stored: what was trained on what, its scores, how."""
     recipe, test_store = run.recipe, stores["test"]
     write_torch(run.out / "model.pt", run.weights(len(run.history)))
     test_data = data.provenance(test_store.sequences)
@@ -850,10 +852,12 @@ def finish(run, stores, precision):
         "device": f"{run.world} x {evaluation.device_name(run.device)}", "precision": precision,
         "train_frames": len(stores["train"]), "test_frames": int(test_store.valid.sum()),
         "last": run.last, "best": run.best, "autogrids": evaluation.learnt_grid(run.model),
-        "yardsticks": evaluation.yardsticks(stores["train"], test_store)}
+        "yardsticks": evaluation.yardsticks(stores["train"], test_store),
+        "files": files_read(recipe, folder)}
     if recipe.refine:
         result["refined"] = evaluation.evaluate(run.model, test_store, flip=recipe.flip_test,
                                                 refinement=run.refinement.eval())
+    data.write_text(run.out / "result.json", json.dumps(result, indent=1))
     return result
 
 
