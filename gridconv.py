@@ -125,7 +125,7 @@ def shuffle_layout(layout, how, seed=0):
     H, P = len(layout), len(layout[0])
     ways = {"row": ((H, P), 0), "column": ((H, P), 1), "global": ((H * P,), 0)}
     if how not in ways:
-        raise ValueError(f"how: {how!r}, expected 'row', 'column' or 'global'")
+        raise ValueError(f"how: {how!r}, expected one of {*ways,}")
     shape, dim = ways[how]
     order = torch.randperm(shape[dim], generator=torch.Generator().manual_seed(seed), device="cpu")
     places = torch.arange(H * P, device="cpu").view(shape).index_select(dim, order)
@@ -154,7 +154,7 @@ class AutoGrids(nn.Module):
         if H * P < num_joints:
             raise ValueError(f"grid_shape: {H * P} cells cannot hold {num_joints} joints")
         if prior == "handcrafted":
-            prior = {17: HANDCRAFTED_5X5, 32: HANDCRAFTED_7X5}.get(num_joints, "none handcrafted")
+            prior = {17: HANDCRAFTED_5X5, 32: HANDCRAFTED_7X5}.get(num_joints, "none")
         averages = any(isinstance(cell, (tuple, list)) for row in prior for cell in row)
         if prior == "random":
             S = torch.rand(H * P, num_joints)
@@ -190,7 +190,7 @@ class AutoGrids(nn.Module):
 # 3. GridConv (Eq. 6) and D-GridConv (Eq. 7-8)
 
 # Taken at a time, with gradients and without: what they read then stays where it is found quickly.
-CPU_SAMPLES = {True: 100, False: 20}
+CPU_SAMPLES = {True: 67, False: 20}
 
 
 def padding_pairs(padding):
@@ -265,20 +265,18 @@ class GridConv(nn.Module):
         return out.view(B, -1, H, P)
 
     def forward(self, x, alpha=None):
-        B, K, C = len(x), self.kernel_size, self.weight.shape[2]
-        if tuple(x.shape) != (B, C, *self.grid_shape):
-            raise ValueError(f"x: {tuple(x.shape)}, expected {(B, C, *self.grid_shape)}")
+        B, K, C = x.shape[0], self.kernel_size, self.weight.shape[2]
+        if x.shape != (B, C, *self.grid_shape):
+            raise ValueError(f"x: {*x.shape,}, expected {B, C, *self.grid_shape}")
         alpha = self.attention(x) if alpha is None and self.attention else alpha
         if alpha is not None:
-            if tuple(alpha.shape) != (B, *self.grid_shape, K, K):
-                raise ValueError(f"alpha: {tuple(alpha.shape)}, not {B, *self.grid_shape, K, K}")
+            if alpha.shape != (B, *self.grid_shape, K, K):
+                raise ValueError(f"alpha: {*alpha.shape,}, not {B, *self.grid_shape, K, K}")
             alpha = alpha.reshape(B, math.prod(alpha.shape[1:]), 1)  # (B, H*P * K*K, 1)
-        cells = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H*P, C_in); of channels_last, a view
+        cells = x.flatten(2).mT  # (B, H*P, C_in)
         form = self._multiply_first if self.multiply_first else self._read_first
-        out = form(cells, alpha)
-        if self.bias is not None:
-            out.add_(self.bias.sum(0, keepdim=True))
-        return out.unflatten(1, self.grid_shape).permute(0, 3, 1, 2)
+        bias = 0 if self.bias is None else self.bias.sum(0, keepdim=True)
+        return form(cells, alpha, bias).mT.unflatten(2, self.grid_shape)
 
     def _table(self, name, values):
         """A constant that moves with the layer and is not saved; from a list, for the meta
@@ -324,22 +322,22 @@ class GridConv(nn.Module):
             self._table("taps", torch.cat(taps))
             self._table("targets", pad_sequence(targets).flatten())
 
-    def _read_first(self, cells, alpha):
-        (B, places, C_in), (branches, C_out, *_, K) = cells.shape, self.weight.shape
-        kernels = self.weight.permute(0, 3, 4, 2, 1).reshape(branches, K * K * C_in, C_out)
-        summed = kernels.sum(0)
+    def _read_first(self, cells, alpha, bias):
+        B, places, C_in = cells.shape
+        kernels = self.weight.permute(0, 3, 4, 2, 1).flatten(1, 3)
+        summed = kernels.sum(0)  # (K * K * C_in, C_out)
         keep = torch.is_grad_enabled()  # else nothing needs what is read unscaled
         # Few channels (the expanding layer) are little to read; a GPU and a compiler need no parts.
         whole = C_in < 16 or cells.is_cuda or torch.compiler.is_compiling()
-        size = B if whole else CPU_SAMPLES[keep]
-        parts, out = cells.split(size), []
-        alphas = [None] * len(parts) if alpha is None else alpha.split(size)
+        size = CPU_SAMPLES[keep]
+        parts, out = [cells] if whole else cells.split(size), []
+        alphas = [alpha] * len(parts) if whole or alpha is None else alpha.split(size)
         for part, scale in zip(parts, alphas):
             patches = part.index_select(1, self.sources)  # x1 (B, H*P * K*K, C_in)
             if scale is not None:
                 patches = patches * scale if keep else patches.mul_(scale)
-            out.append(torch.mm(patches.view(-1, K * K * C_in), summed))
-        out = torch.cat(out).unflatten(0, (B, places))
+            out.append(torch.mm(patches.view(-1, len(summed)), summed))
+        out = torch.cat(out).add_(bias).unflatten(0, (B, places))
         if self.groups:
             out = out.index_add(1, self.targets, self._border(cells, alpha, kernels))
         return out
@@ -358,14 +356,14 @@ class GridConv(nn.Module):
         added = torch.bmm(read, kernels)  # (groups, B * slots, C_out)
         return added.transpose(0, 1).reshape(B, len(self.targets), C_out)
 
-    def _multiply_first(self, cells, alpha):
-        (B, places, C_in), C_out = cells.shape, self.weight.shape[1]
-        kernels = self.weight.permute(2, 0, 3, 4, 1).reshape(C_in, -1)
-        products = torch.mm(cells.reshape(-1, C_in), kernels)  # of every cell and every kernel
-        products = products.view(B, -1, C_out).index_select(1, self.picks)
+    def _multiply_first(self, cells, alpha, bias):
+        (B, places, _), C_out = cells.shape, self.weight.shape[1]
+        kernels = self.weight.permute(2, 0, 3, 4, 1).flatten(1)
+        size = (B, places * kernels.shape[1] // C_out, C_out)  # every cell with every kernel
+        products = torch.mm(cells.flatten(0, 1), kernels).view(size).index_select(1, self.picks)
         if alpha is not None:
             products = products * alpha.index_select(1, self.pairs)
-        return products.new_zeros(B, places, C_out).index_add_(1, self.targets, products)
+        return products.new_zeros(B, places, C_out).add_(bias).index_add_(1, self.targets, products)
 
 
 class GridAttention(nn.Module):
@@ -381,10 +379,12 @@ class GridAttention(nn.Module):
     def __init__(self, channels, kernel_size, grid_shape):
         super().__init__()
         width = max(channels // 16, 16)
-        self.shape = (kernel_size, kernel_size, *grid_shape)
+        self.shape = (*grid_shape, kernel_size, kernel_size)
+        order = torch.arange(math.prod(self.shape)).view(kernel_size**2, -1).T.flatten()
+        self.register_buffer("order", order, persistent=False)  # the release's has taps first
         self.squeeze = nn.Linear(channels, width, bias=False)
         self.norm = nn.BatchNorm1d(width)
-        self.position = nn.Linear(width, math.prod(self.shape))
+        self.position = nn.Linear(width, len(order))
         self.register_buffer("temperature", torch.tensor(30.0), persistent=False)
         for linear in (self.squeeze, self.position):
             nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
@@ -393,7 +393,7 @@ class GridAttention(nn.Module):
     def forward(self, x):
         z = F.relu(self.norm(self.squeeze(x.mean((2, 3)))))  # (B, width)
         alpha = torch.sigmoid(self.position(z) / self.temperature)
-        return alpha.view(len(x), *self.shape).permute(0, 3, 4, 1, 2)
+        return alpha.index_select(1, self.order).unflatten(1, self.shape)
 
 
 class DynamicGridConv(GridConv):
@@ -496,7 +496,7 @@ class GridLiftingNetwork(nn.Module):
             return self.shrink(x.to(self.shrink.weight.dtype))
 
     def forward(self, pose):
-        if tuple(pose.shape[1:]) != self.pose_shape:
+        if pose.shape[1:] != self.pose_shape:
             raise ValueError(f"pose: {*pose.shape,}, expected (B, {str(self.pose_shape)[1:]}")
         S = self.assignment()  # the same sample goes in and comes out
         if S is None:
@@ -764,8 +764,8 @@ class GraphConv(nn.Module):
         super().__init__()
         W = torch.eye(num_joints)
         for i, j in edges:
-            if not (0 <= i < num_joints and 0 <= j < num_joints):
-                raise ValueError(f"edges: {(i, j)}, not of 0..{num_joints - 1}")
+            if not {i, j} <= {*range(num_joints)}:
+                raise ValueError(f"edges: {i, j}, not of 0..{num_joints - 1}")
             W[i, j] = W[j, i] = 1
         scale = W.sum(1).rsqrt()
         self.register_buffer("graph", scale[:, None] * W * scale, persistent=False)
