@@ -895,8 +895,9 @@ def detection(item, image):
     person, score = first_of(item, PERSON), first_of(item, SCORE)
     while isinstance(person, list):  # AlphaPose: [7.0]
         person, = person
+    person = int(person) if isinstance(person, float) and person.is_integer() else person
     # OpenPose: -1. A dictionary is a TypeError in a set: no number and no name.
-    person = None if person in {None, -1, ""} else one_line(person).removesuffix(".0")
+    person = None if person in {None, -1, ""} else one_line(person)
     return Detection(points, image, person, score)
 
 

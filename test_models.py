@@ -3902,6 +3902,9 @@ def test_the_files_own_people_are_kept(tmp_path, capsys):
     two[6] = np.nan
     assert_array_equal(a.keypoints, one)
     assert_array_equal(b.keypoints, two[2:11])
+    ids = 7.0, 7, "7.0"  # a number is one person however written, a text is its own
+    entries = [kp_list(one, track_id=name)[t] for t, name in enumerate(ids)]
+    assert [t.person for t in read_keypoints(kp_json(tmp_path, entries))] == ["7", "7.0"]
 
 
 def test_the_best_scored_of_a_number_is_taken(tmp_path, capsys):
