@@ -125,7 +125,7 @@ def shuffle_layout(layout, how, seed=0):
     H, P = len(layout), len(layout[0])
     ways = {"row": ((H, P), 0), "column": ((H, P), 1), "global": ((H * P,), 0)}
     if how not in ways:
-        raise ValueError(f"how: {how!r}, expected one of {*ways,}")
+        raise ValueError(f"how: {how!r}, not one of {*ways,}")
     shape, dim = ways[how]
     order = torch.randperm(shape[dim], generator=torch.Generator().manual_seed(seed), device="cpu")
     places = torch.arange(H * P, device="cpu").view(shape).index_select(dim, order)
@@ -267,7 +267,7 @@ class GridConv(nn.Module):
     def forward(self, x, alpha=None):
         B, K, C = x.shape[0], self.kernel_size, self.weight.shape[2]
         if x.shape != (B, C, *self.grid_shape):
-            raise ValueError(f"x: {*x.shape,}, expected {B, C, *self.grid_shape}")
+            raise ValueError(f"x: {*x.shape,}, not {B, C, *self.grid_shape}")
         alpha = self.attention(x) if alpha is None and self.attention else alpha
         if alpha is not None:
             if alpha.shape != (B, *self.grid_shape, K, K):
@@ -764,7 +764,7 @@ class GraphConv(nn.Module):
         super().__init__()
         W = torch.eye(num_joints)
         for i, j in edges:
-            if not {i, j} <= {*range(num_joints)}:
+            if not 0 <= min(i, j) <= max(i, j) < num_joints:
                 raise ValueError(f"edges: {i, j}, not of 0..{num_joints - 1}")
             W[i, j] = W[j, i] = 1
         scale = W.sum(1).rsqrt()
