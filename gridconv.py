@@ -154,7 +154,7 @@ class AutoGrids(nn.Module):
         if H * P < num_joints:
             raise ValueError(f"grid_shape: {H * P} cells cannot hold {num_joints} joints")
         if prior == "handcrafted":
-            prior = {17: HANDCRAFTED_5X5, 32: HANDCRAFTED_7X5}.get(num_joints, "none")
+            prior = {17: HANDCRAFTED_5X5, 32: HANDCRAFTED_7X5}.get(num_joints, prior)
         averages = any(isinstance(cell, (tuple, list)) for row in prior for cell in row)
         if prior == "random":
             S = torch.rand(H * P, num_joints)

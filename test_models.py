@@ -743,6 +743,7 @@ def temporal(**options):
         torch.zeros(2, 2, 5, 5), torch.ones(2, 3, 3, 5, 5))),
     ("16 cells cannot hold 17", lambda: gridconv.random_layout(17, (4, 4))),
     ("gumbel", lambda: gridconv.AutoGrids(17, (5, 5), "gumbel")),
+    ("'handcrafted', .* 5 x 5", lambda: gridconv.AutoGrids(20)),
     ("averages", lambda: gridconv.AutoGrids(17, (5, 5), gridconv.RELEASED_5X5)),
     ("diagonal", lambda: gridconv.shuffle_layout(gridconv.HANDCRAFTED_5X5, "diagonal")),
     ("unknown", lambda: small(attention="gird")),
