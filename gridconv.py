@@ -81,7 +81,7 @@ def assignment_matrix(layout, num_joints):
 def sgt(pose, S, grid_shape):
     """SGT, Eq. 1: D = S G. pose (B, J, C), S (H*P, J) -> grid pose (B, C, H, P)."""
     with torch.autocast(pose.device.type, enabled=False):  # bfloat16 would take millimetres
-        return F.linear(pose.transpose(1, 2), S.to(pose.dtype)).unflatten(2, grid_shape)
+        return F.linear(pose.mT, S.to(pose.dtype)).unflatten(2, grid_shape)
 
 
 def inverse_sgt(grid, S):
@@ -93,7 +93,7 @@ def inverse_sgt(grid, S):
     S = S.to(grid.dtype)
     S = S * (S == S.round())  # keeps the zeros, whose gradient tells AutoGrids what to add
     with torch.autocast(grid.device.type, enabled=False):
-        return (grid.flatten(2) @ (S / S.sum(0).clamp(min=1))).transpose(1, 2)
+        return (grid.flatten(2) @ (S / S.sum(0).clamp(min=1))).mT
 
 
 def satisfies_topology(S, grid_shape, edges=H36M_EDGES):
@@ -753,26 +753,29 @@ class FullyConnectedLifter(GridlessLifter):
 
 
 class GraphConv(nn.Module):
-    """Graph convolution Z = D^-1/2 W D^-1/2 X Theta, W = A + I, D_ii = sum_j W_ij: features
-    (B, C_in, J) -> (B, C_out, J).
+    """Graph convolution in two steps (A.5), Z = W_aggr X Theta: features (B, C_in, J) ->
+    (B, C_out, J).
 
-    Kipf and Welling 2017, as Cai et al. 2019 use it on the skeleton. edges: pairs of joints, in
-    either direction. ValueError: an edge to a joint outside 0..J-1.
+    Theta is shared by all joints; W_aggr has a weight for each joint with itself and with each
+    neighbour. It starts as Kipf and Welling's D^-1/2 W D^-1/2, W = A + I, D_ii = sum_j W_ij, and is
+    learnt: fixed, it takes left and right for the same, so it cannot tell a person's front from the
+    back. edges: pairs of joints, in either direction. ValueError: an edge to a joint outside
+    0..J-1.
     """
 
     def __init__(self, in_channels, out_channels, edges, num_joints):
         super().__init__()
-        W = torch.eye(num_joints)
+        self.register_buffer("W", torch.eye(num_joints), persistent=False)
         for i, j in edges:
             if not 0 <= min(i, j) <= max(i, j) < num_joints:
                 raise ValueError(f"edges: {i, j}, not of 0..{num_joints - 1}")
-            W[i, j] = W[j, i] = 1
-        scale = W.sum(1).rsqrt()
-        self.register_buffer("graph", scale[:, None] * W * scale, persistent=False)
+            self.W[i, j] = self.W[j, i] = 1
+        D = self.W.sum(1)
+        self.aggregate = nn.Parameter(self.W * D.outer(D).rsqrt())
         self.theta = nn.Conv1d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x):
-        return self.theta(x) @ self.graph  # symmetric, so the same from either side
+        return self.theta(x) @ (self.aggregate * self.W).T
 
 
 class GraphConvLifter(GridlessLifter):
@@ -785,4 +788,4 @@ class GraphConvLifter(GridlessLifter):
         super().__init__(num_joints, make, 1, hidden, blocks, dropout)
 
     def forward(self, pose):
-        return super().forward(pose.transpose(1, 2)).transpose(1, 2)  # (B, C, J) in between
+        return super().forward(pose.mT).mT  # (B, C, J) in between
