@@ -675,7 +675,7 @@ def report(result):
     Keys that are missing (eval.py makes a result of "last" alone) are left out."""
     recipe, last, best = result["recipe"], result["last"], result.get("best")
     seed = f", seed {result['seed']}" if "seed" in result else ""
-    parts = [f"## {recipe['name']}{seed}: {recipe.get('row', '')}"]
+    parts = [f"## {recipe['name']}{seed}: {recipe.get('row', '')}".rstrip(": ")]
 
     facts = {**recipe, **result, **(result.get("autogrids") or {}),
              "minutes": round(result.get("seconds", 0) / 60, 1)}
