@@ -1016,6 +1016,7 @@ ABLATIONS = {
         "random": (38.1, dict(layout="random")),  # the mean of four
         "handcrafted": (37.1, {}),
         "learnable": (36.4, dict(layout="autogrids", noise_epochs=2 / 7)),  # about 30 of 100
+        "learnable, no noise, rate 0.45": (None, dict(layout="autogrids", grid_lr=0.45)),
         "learnable from random logits": (None, LOGITS)}),
     "gridconv-D-attention": ("gridconv-mocap", "P1*, Tables D and 4", {
         "#1": (40.8, VANILLA | ONE),
