@@ -178,18 +178,18 @@ def published_recipes():
                  lr=1e-2, batch=512, schedule="cosine", epochs=80.0, norm_schedule=True,
                  flips=True, flip_test=True)
     short, longer = dict(filter_widths=(3, 3, 3)), dict(filter_widths=(3, 3, 3, 3))
-    add("glagcn-gt-27", "GLA-GCN Table 5, T=27, P1", 34.4, base=gla, **short)
-    add("glagcn-gt-81", "GLA-GCN Table 5, T=81, P1", 31.5, base=gla, **longer)
-    add("glagcn-gt-243", "GLA-GCN Table 1 and 4, gt, P1 / P2", 28.5, 22.0, gla)
+    add("glagcn-gt-27", "GLA-GCN Table 5, T=27, P1*", 34.4, base=gla, **short)
+    add("glagcn-gt-81", "GLA-GCN Table 5, T=81, P1*", 31.5, base=gla, **longer)
+    add("glagcn-gt-243", "GLA-GCN Table 1 and 4, P1* / P2*", 28.5, 22.0, gla)
     add("glagcn-cpn-243", "GLA-GCN Table 1 and 4, CPN, P1 / P2", 44.4, 34.8, gla, **cpn)
     stages = dict(reconstruct=True, unshared_weight=0.5, stage_one_epochs=60.0, refine=True,
                   ours="lambda 0.5, stages of 60 and 20 epochs")
-    add("glagcn-gt-243-reconstruct", "GLA-GCN Table 5, reconstruction, P1", 24.5, base=gla,
+    add("glagcn-gt-243-reconstruct", "GLA-GCN Table 5, reconstruction, P1*", 24.5, base=gla,
         **stages)
-    add("glagcn-gt-243-reconstruct-512", "GLA-GCN Table 1 and 4, C=512, P1 / P2", 21.0, 17.6, gla,
+    add("glagcn-gt-243-reconstruct-512", "GLA-GCN Table 1 and 4, C=512, P1* / P2*", 21.0, 17.6, gla,
         channels=512, micro_batch=64, **stages)
     eva = dict(data="humaneva", skeleton="humaneva15", epochs=1000.0, batch=256, eval_every=20)
-    add("glagcn-humaneva-gt", "GLA-GCN Table 2, gt, P2", 0.0, 9.2, gla, **eva, **short)
+    add("glagcn-humaneva-gt", "GLA-GCN Table 2, P2*", 0.0, 9.2, gla, **eva, **short)
     add("glagcn-humaneva-mrcnn", "GLA-GCN Table 2, MRCNN, twelve links, P2", 0.0, 15.4, gla,
         keypoints="detectron_pt_coco", input_norm=False, **eva, **short)
 
