@@ -692,8 +692,7 @@ def _joined(arrays, device):
 
 def _gather(frames, index):
     """frames[index]: index_select is the faster form, on every device."""
-    found = frames.index_select(0, index.reshape(-1))
-    return found.reshape(*index.shape, *frames.shape[1:])
+    return frames.index_select(0, index.reshape(-1)).reshape(*index.shape, *frames.shape[1:])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -843,7 +842,7 @@ def _read_clip(path):
     text = _existing(path, "name a BVH file").read_text("utf-8-sig", "replace")
     joints, motion = _read_hierarchy(text, path)
     with described(f"{path}: {motion[:60]!r}", "expected 'Frames:' and 'Frame Time:' above 0"):
-        header = re.match(r"\s*Frames:\s*(\d+)\s+Frame Time:\s*(\S+)", motion, re.I)
+        header = re.match(r"\s*Frames:\s*(\d+)\s+Frame\s+Time:\s*(\S+)", motion, re.I)
         frames, fps = int(header[1]), 1 / float(header[2])
         if not frames or not 0 < fps < math.inf:
             raise ValueError
@@ -982,8 +981,7 @@ def _world_poses(path, mapping, scale, up, fps, recorded_fps, skip):
         time, known = np.arange(count) * (rate / fps), np.arange(len(pose))
         pose = np.apply_along_axis(lambda x: np.interp(time, known, x), 0, pose)
     pelvis = pose[:, 0, :2]
-    moved = np.clip(pelvis - pelvis.mean(0), -1.5, 1.5) - pelvis  # metres
-    pose[..., :2] += moved[:, None]
+    pose[..., :2] += (np.clip(pelvis - pelvis.mean(0), -1.5, 1.5) - pelvis)[:, None]  # metres
     return pose, fps or rate
 
 

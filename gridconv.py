@@ -196,7 +196,7 @@ CPU_SAMPLES = {True: 67, False: 20}
 def padding_pairs(padding):
     """The (vertical, horizontal) modes of each branch. ValueError: anything but names and pairs."""
     modes = ("circular", "replicate", "zeros")
-    pairs = [(entry, entry) if isinstance(entry, str) else tuple(entry) for entry in padding]
+    pairs = [tuple(e) if isinstance(e, (tuple, list)) else (e, e) for e in padding]
     if not pairs or any(len(pair) != 2 or not set(pair) <= set(modes) for pair in pairs):
         raise ValueError(f"padding: {padding!r}, expected a tuple of {modes} or pairs of these")
     return pairs

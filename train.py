@@ -382,8 +382,7 @@ def make_optimizer(recipe, *modules):
     if recipe.optimizer == "ranger":
         return ranger(groups, recipe.lr)
     fused = weights[0].is_cuda or None  # one kernel for all; None: what torch does by itself
-    amsgrad = recipe.optimizer == "amsgrad"
-    return torch.optim.Adam(groups, recipe.lr, amsgrad=amsgrad, fused=fused)
+    return torch.optim.Adam(groups, recipe.lr, amsgrad=recipe.optimizer == "amsgrad", fused=fused)
 
 
 def learning_rate(recipe, epoch):
@@ -395,8 +394,7 @@ def learning_rate(recipe, epoch):
     """
     whole = int(epoch)
     if recipe.schedule == "cosine":
-        wave = 1 + math.cos(math.pi * whole / recipe.epochs)
-        return 1e-5 + (recipe.lr - 1e-5) * wave / 2
+        return 1e-5 + (recipe.lr - 1e-5) * (1 + math.cos(math.pi * whole / recipe.epochs)) / 2
     if recipe.schedule == "cosine-smooth":
         return recipe.lr * (1 + math.cos(math.pi * min(epoch / recipe.epochs, 1))) / 2
     if recipe.schedule == "3dhp":
@@ -1108,7 +1106,8 @@ def paper_figures(recipe):
 def read_result(path):
     """A run's result. InputError: not there, or not one of this program."""
     result = data.read_json(path, "train a recipe first")
-    if not isinstance(result, dict) or not {"recipe", "files", "best", "compares"} <= result.keys():
+    needed = {"recipe", "files", "data", "test_data", "last", "best", "compares", "yardsticks"}
+    if not isinstance(result, dict) or not needed <= result.keys():
         raise InputError(f"{path}: not a result of train.py; remove it")
     return result
 
@@ -1164,8 +1163,7 @@ def report_row(group, kind, figure, paper):
 def report_table(results):
     """The summary of finished runs as markdown."""
     rows = summary(results)
-    table = evaluation.markdown(rows[0], [row.values() for row in rows])
-    return f"{table}\n\n{LEGEND}"
+    return evaluation.markdown(rows[0], [row.values() for row in rows]) + f"\n\n{LEGEND}"
 
 
 def write_report(folder):
