@@ -500,9 +500,8 @@ def mean(rows, by=None, weighted=True):
     weighted=False is the plain average over the rows that have the figure."""
     if by is not None:
         key = itemgetter(by) if isinstance(by, str) else itemgetter(*by)
-        groups = dict.fromkeys(map(key, rows))
         return {group: mean([row for row in rows if key(row) == group], None, weighted)
-                for group in groups}
+                for group in dict.fromkeys(map(key, rows))}
     whole = {name: sum(row[name] for row in rows) for name in ("frames", "pairs")}
     for name in METRICS:
         if name in rows[0]:
@@ -870,6 +869,7 @@ SCORE = ("score", "confidence", "bbox_score")
 PEOPLE = ("instances", "people", "bodies", "landmarks", "landmark", "pose_landmarks",
           "poseLandmarks")
 IMAGE = {"image_id", "frame_id", "frame", "image", "file_name"}
+NOBODY = {"keypoints": [[np.nan] * 3] * 17}
 
 
 def first_of(item, keys):
@@ -904,7 +904,8 @@ def detection(item, image):
 def read_images(images):
     """Yields the Detections of (image's number or name, entry), where an entry is MMPose's
     {frame_id, instances}, OpenPose's {people}, AlphaPose's {bodies}, MediaPipe's {frame,
-    landmarks}, or a list of people alone, as MMPose's of one image and ultralytics'."""
+    landmarks}, or a list of people alone, as MMPose's of one image and ultralytics'. An image of
+    nobody is one of NOBODY: it counts where a video is told from single images."""
     for number, (image, people) in enumerate(images):
         with reading(f"entry {number}", people, FORMATS):
             if isinstance(people, dict):
@@ -914,11 +915,12 @@ def read_images(images):
             image = image if isinstance(image, str) else int(image)
             if people and "x" in people[0]:  # landmarks of one, whom MediaPipe follows itself
                 people = [{"keypoints": people, "track_id": "1"}]
-            for person in people or []:
+            for person in people or [NOBODY]:
                 if isinstance(person, list):
                     person = {"keypoints": person}
-                if first_of(person, POINTS) != []:  # OpenPose: hands or a face alone
-                    yield detection(person, image)
+                if first_of(person, POINTS) == []:  # OpenPose: hands or a face alone
+                    person = NOBODY
+                yield detection(person, image)
 
 
 def check_joints(names):
@@ -941,7 +943,8 @@ def coco_annotations(content):
     for kind in content.get("categories") or []:
         if kind.get("id") in used:
             check_joints(kind.get("keypoints"))
-    for found in read_images((entry["image_id"], [entry]) for entry in people):
+    people = [(entry["image_id"], [entry]) for entry in people]
+    for found in read_images(people + [(image, []) for image in images]):
         if images:
             found.image, found.size = images[found.image]
         yield found
@@ -990,7 +993,8 @@ def mediapipe_csv(path):
         table = np.array([[cell or "nan" for cell in row] for row in rows], float)
         parts = [f"{part}_{k}" for k in range(33) for part in ("x", "y", "visibility")]
         points = table[:, [names.index(part) for part in parts]].reshape(-1, 33, 3)
-        frames = [column for name, column in zip(names, table.T) if name.startswith("frame")]
+        frames = [column for name, column in zip(names, table.T)
+                  if name.startswith("frame") and not (column % 1 > 0).any()]  # not their time
         frames.append(range(len(table)))  # where no column numbers them
         return [Detection(one, int(number), "1") for number, one in zip(frames[0], points)]
 
@@ -1018,9 +1022,9 @@ def detectron2(arrays):
     size = float(about["w"]), float(about["h"])
     frames = zip(arrays["keypoints"], arrays["boxes"], strict=True)
     for number, (keypoints, boxes) in enumerate(frames):
-        if len(keypoints) == 0:  # nothing of any class
-            continue
-        for rows, box in zip(keypoints[-1], boxes[-1], strict=True):
+        yield Detection(np.array(NOBODY["keypoints"]), number)
+        people = zip(keypoints[-1], boxes[-1], strict=True) if len(keypoints) else ()
+        for rows, box in people:
             points = np.array(rows, float)[[0, 1, 3]].T  # (17, 3)
             yield Detection(points, number, None, float(box[4]), size)
 
@@ -1061,6 +1065,9 @@ def read_arrays(path):
             points = points[..., [0, 1, 3]]
         elif points.shape[-2] == 33 and (points[..., 2:] < 0).any():  # z: depth has both signs
             points = points[..., :2]
+        scores = [array for array in arrays.values() if array.shape == points.shape[:-1]]
+        if scores and points.shape[-1] == 2:
+            points = np.concatenate((points, scores[0][..., None]), -1, dtype=float)
 
         person = "1" if points.ndim == 3 else None
         points = points.reshape(len(points), -1, *points.shape[-2:])  # (T, P, J, C)
@@ -1089,7 +1096,7 @@ def read_folder(path):
         raise InputError(f"found {kinds or 'no'} files; expected .json or .txt alone")
 
     for file in files:
-        people = list(read_file(file))
+        people = list(read_file(file)) or [Detection(np.array(NOBODY["keypoints"]), 0)]
         count = len({found.image for found in people})
         if count > 1:
             raise InputError(f"{file}: {count} images; expected one a file")
@@ -1136,8 +1143,7 @@ def distances(before, after):
     mean = np.ma.masked_invalid(apart).mean(-1)
     old, new = (np.linalg.norm(np.nanmax(bodies, 1) - np.nanmin(bodies, 1), axis=-1)
                 for bodies in (before, after))
-    size = np.maximum(old[:, None], new).clip(1e-9)
-    return (mean / size).filled(np.inf)
+    return (mean / np.maximum(old[:, None], new).clip(1e-9)).filled(np.inf)
 
 
 def follow(frames, step=1):
@@ -1220,6 +1226,7 @@ def people_of_images(images):
 
 def tracks_of(detections, joints=None):
     """Yields the Tracks of Detections in a video or in single images; joints: what 17 are."""
+    images = {found.image: [] for found in detections}  # also those of nobody
     detections = [found for found in detections if is_seen(found.points).any()]
     counts = sorted({found.joints for found in detections})
     if len(counts) > 1:
@@ -1230,9 +1237,8 @@ def tracks_of(detections, joints=None):
     if doubled:
         print(f"warning: {doubled} times several people of a frame share a number", file=sys.stderr)
 
-    images = {}
     for found in detections:
-        images.setdefault(found.image, []).append(found)
+        images[found.image].append(found)
     frames, step = video_frames(images)
     people = people_of_video(frames, step) if step else people_of_images(frames)
 
@@ -1343,7 +1349,8 @@ def prepare(keypoints, size, joints=None, min_score=0.0, smooth=None, fps=30.0):
 
     points = to_coco17(points)
     seen = is_seen(points, min_score, size)
-    if not seen.any() or are_fractions(points):
+    if not seen.any() or are_fractions(points) or not (
+            np.abs(np.median(points[seen][:, :2], 0) / size - 0.5) < 0.5).all():
         raise InputError(f"no body in {size[0]:g}x{size[1]:g}: expected pixels; is the size right?")
 
     xy = np.where(seen[..., None], points[..., :2], np.nan)
@@ -1368,8 +1375,7 @@ def one_euro(x, fps, cutoff=2.0, beta=10.0):
 
     value, speed, smoothed = x[0], np.zeros_like(x[0]), np.empty_like(x)
     for t in range(len(x)):
-        change = (x[t] - value) * fps
-        speed = speed + weight(1.0) * (change - speed)
+        speed = speed + weight(1.0) * ((x[t] - value) * fps - speed)
         value = value + weight(cutoff + beta * np.abs(speed)) * (x[t] - value)
         smoothed[t] = value
     return smoothed
@@ -1442,8 +1448,7 @@ def write_result(path, result):
     text = json.dumps(result, allow_nan=False)  # in ASCII: other letters are escaped
     text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     if path.suffix == ".html":
-        page = VIEWER.read_text(encoding="utf-8")
-        text = page.replace(SLOT, SLOT.replace("null", text))
+        text = VIEWER.read_text(encoding="utf-8").replace(SLOT, SLOT.replace("null", text))
     data.write_text(path, text)
 
 

@@ -164,7 +164,7 @@ def assert_clear(error, names):
 def write_bvh(joints, values, newline="\n", space=" ", number="{:.9f}", seconds=0.05):
     """A BVH text from nested [name, offset, channels, children]; a child (x, y, z): an end site."""
     lines = ["HIERARCHY", *bvh_joint(joints, "ROOT", space), "MOTION"]
-    lines += [f"Frames:\t{len(values)}", f"Frame Time:{space}{seconds}"]
+    lines += [f"Frames:\t{len(values)}", f"Frame{space}Time:{space}{seconds}"]
     lines += [space.join(map(number.format, row)) + " " for row in values]
     return newline.join(lines) + newline
 
@@ -736,6 +736,7 @@ def temporal(**options):
 
 @pytest.mark.parametrize("says, make", [
     ("mirror", lambda: gridconv.GridConv(2, 3, padding=("mirror",))),
+    (r"padding: \(3,\)", lambda: gridconv.GridConv(2, 3, padding=(3,))),
     ("tuple", lambda: gridconv.GridConv(2, 3, padding="circular")),
     ("kernel_size: 4", lambda: gridconv.GridConv(2, 3, kernel_size=4)),
     ("2, 3, 5, 5", lambda: gridconv.GridConv(3, 3)(torch.zeros(2, 3, 5, 4))),
@@ -794,8 +795,7 @@ def test_padding_modes_agree_with_torchs_own():
 
     def compare(padding, padded):
         layer = gridconv.GridConv(3, 4, 3, padding).double()
-        want = torch.conv2d(padded, layer.weight[0], layer.bias[0])
-        assert_near(layer(x), want)
+        assert_near(layer(x), torch.conv2d(padded, layer.weight[0], layer.bias[0]))
 
     for mode, name in (("circular", "circular"), ("replicate", "replicate"), ("zeros", "constant")):
         compare((mode,), F.pad(x, (1, 1, 1, 1), mode=name))
@@ -1708,8 +1708,7 @@ def test_projection_golden():
     camera = (2.290598750114441, 2.287562370300293, 0.025083, 0.028902752,
               -0.2070989, 0.2477752, -0.00307515, -0.0009757, -0.00142447)
     points = [(0.556496, 0.77698, 4.762983), (-0.287271, 0.056565, 3.953001)]
-    want = [(0.2904045110107589, 0.39884800114767477),
-            (-0.14121131996107592, 0.061583187059144076)]
+    want = [(0.2904045110107589, 0.39884800114767477), (-0.14121131996107592, 0.061583187059144076)]
     assert_allclose(data.project(np.array(points), camera), want, atol=1e-12)
 
 
@@ -2035,8 +2034,7 @@ def test_bvh_conventions(names, end, tmp_path):
     write_clips(tmp_path, names, end=(0, end, 0))
     (tmp_path / "a.bvh").rename(tmp_path / "walk1_subject1.bvh")  # as LAFAN1's are named
     data.convert_bvh(tmp_path, tmp_path, "one", "^b")
-    walk = data.load_mocap(tmp_path, "one")[0]
-    assert walk.action == "walk1_subject1"
+    assert data.load_mocap(tmp_path, "one")[0].action == "walk1_subject1"
     found, raw, _ = data.read_bvh(tmp_path / "b.bvh")
     places = {ours: raw[:, found.index(theirs)] for ours, theirs in names.items()}
     places["head"] = raw[:, found.index(names["neck"] + "_end")]
@@ -3833,6 +3831,7 @@ def kp_formats(body):
         "mediapipe array": {"k.npy": marks},
         "array": {"k.npy": body},
         "named array": {"k.npz": dict(other=body[:3], keypoints=body)},
+        "array, scores": {"k.npz": dict(keypoints=body[..., :2], scores=body[..., 2])},
         "stack": {"k.npy": np.stack((np.zeros_like(body), body), 1)},
         "array of 25": {"k.npy": kp_as(BODY_25, body)},
         "detectron2": {"k.npz": kp_detectron2(body)},
@@ -3860,6 +3859,29 @@ def test_every_format_gives_the_same_track(kind, tmp_path):
     assert_allclose(keypoints, body, atol=1e-4)
 
 
+KP_EMPTIED = {  # one image's entry, made an entry of nobody
+    "annotations": lambda content, t: content["annotations"][1 + t].pop("keypoints"),
+    "alphapose open": lambda content, t: content[f"clip2_{t:03d}.jpg"].update(bodies=[]),
+    "mmpose video": lambda content, t: content["instance_info"][t].update(instances=[]),
+    "mmpose infos": lambda content, t: content[f"r_{t}.json"]["instance_info"].clear(),
+    "ultralytics": lambda content, t: content[t].clear(),
+    "labels": lambda content, t: content.update({f"v_{t}.txt": ""}),
+    "openpose": lambda content, t: content[f"v_{t:012d}_keypoints.json"].update(people=[]),
+    "mediapipe": lambda content, t: content[t].update(landmarks=[]),
+    "detectron2": lambda content, t: content["keypoints"].__setitem__(t, []),
+    "array": lambda content, t: content.put(range(51 * t, 51 * t + 51), 0)}
+
+
+@pytest.mark.parametrize("kind", KP_EMPTIED)
+def test_an_image_of_nobody_is_a_frame_of_the_video(kind, tmp_path):
+    files, nobody = kp_formats(kp_body())[kind], [1, 2, 3, 5, 6, 8, 9]
+    for t in nobody:
+        KP_EMPTIED[kind](files if len(files) > 1 else next(iter(files.values())), t)
+    for track in read_keypoints(kp_write(tmp_path, files)):
+        assert track.step == 1 and len(track.frames) == 12
+        assert np.flatnonzero(np.isnan(track.keypoints).all((1, 2))).tolist() == nobody
+
+
 def test_seventeen_joints_are_cocos_unless_told(tmp_path):
     body = kp_body()
     assert_allclose(prepare(body, SIZE, "h36m")[0], body[..., :2])
@@ -3879,6 +3901,8 @@ def test_a_frame_column_of_csv_and_images_without_a_name_number_frames(tmp_path)
     lines = ["frame," + header, *(f"{2 * t + 7},{row}" for t, row in enumerate(rows))]
     track, = read_keypoints(kp_write(tmp_path, {"f.csv": "\n".join(lines)}))
     assert (track.frames, track.step) == ([7, 9, 11], 2)
+    lines = ["frame_time," + header, *(f"{t / 30},{row}" for t, row in enumerate(rows))]
+    assert read_keypoints(kp_write(tmp_path, {"f.csv": "\n".join(lines)}))[0].frames == [0, 1, 2]
     assert_allclose(track.keypoints * (*SIZE, 1), BODY, atol=1e-4)
     images = [dict(id=t, file_name=None) for t in range(3)]
     nameless = dict(images=images, annotations=kp_list(BODY))
@@ -4388,6 +4412,7 @@ KP_BAD_JSON = {
     "root": dict(meta_info=dict(keypoint_id2name={"0": "root", "1": "hip"})),
     "metres": [dict(pose_world_landmarks=[])],
     "is the size right?": kp_list(0 * BODY + 1e5),
+    "in 1280x720": kp_list(BODY - (*SIZE, 0)),
     "expected pixels": kp_list(BODY / (*SIZE, 1))}
 KP_BAD_FILES = [
     *(({"k.json": content}, ["k.json", said]) for said, content in KP_BAD_JSON.items()),
@@ -5523,7 +5548,7 @@ def test_report_of_several_runs(small_run, run_folder):
     assert row["spread"] == pytest.approx(abs(errors[0] - errors[1]))
     assert f"{sum(errors) / 2:.2f}" in table and table in report
     assert report.count("\n## ") == 3
-    for broken in ("{", "[]"):
+    for broken in ("{", "[]", '{"recipe": {}, "files": [], "best": {}, "compares": false}'):
         (run_folder / "b" / "result.json").write_text(broken)
         refused("train.py", "report", run_folder, names="result.json")
     refused("train.py", "report", run_folder / "none", names="none")
