@@ -943,8 +943,8 @@ def coco_annotations(content):
     for kind in content.get("categories") or []:
         if kind.get("id") in used:
             check_joints(kind.get("keypoints"))
-    people = [(entry["image_id"], [entry]) for entry in people]
-    for found in read_images(people + [(image, []) for image in images]):
+    entries = [(entry["image_id"], [entry]) for entry in people]
+    for found in read_images(entries + [(image, []) for image in images]):
         if images:
             found.image, found.size = images[found.image]
         yield found
@@ -1022,7 +1022,7 @@ def detectron2(arrays):
     size = float(about["w"]), float(about["h"])
     frames = zip(arrays["keypoints"], arrays["boxes"], strict=True)
     for number, (keypoints, boxes) in enumerate(frames):
-        yield Detection(np.array(NOBODY["keypoints"]), number)
+        yield detection(NOBODY, number)
         people = zip(keypoints[-1], boxes[-1], strict=True) if len(keypoints) else ()
         for rows, box in people:
             points = np.array(rows, float)[[0, 1, 3]].T  # (17, 3)
@@ -1096,7 +1096,7 @@ def read_folder(path):
         raise InputError(f"found {kinds or 'no'} files; expected .json or .txt alone")
 
     for file in files:
-        people = list(read_file(file)) or [Detection(np.array(NOBODY["keypoints"]), 0)]
+        people = list(read_file(file)) or [detection(NOBODY, 0)]
         count = len({found.image for found in people})
         if count > 1:
             raise InputError(f"{file}: {count} images; expected one a file")
