@@ -716,7 +716,7 @@ GAP = 10  # frames, the mean
 def upright(s):
     """The joints (T, J, 3) of a Sequence in metres, z up, about the root's mean position."""
     if s.extrinsics is None:
-        raise InputError(f"{s.subject} {s.action}: random cameras need mocap or h36m data")
+        raise InputError(f"{s.subject} {s.action}: no random cameras here; --cameras recorded")
     points = s.pose_3d + s.root[:, None].astype(np.float64)
     centre = camera_to_world(s.root.mean(0, np.float64), s.extrinsics)
     return camera_to_world(points, s.extrinsics) - centre
@@ -1470,6 +1470,8 @@ def make_store(recipe, folder, split, device="cpu"):
     """
     if recipe.skeleton not in DATASETS.get(recipe.data, ()) or split not in SPLITS:
         raise InputError(f"no {split} set of {recipe.skeleton} of {recipe.data}; known: {DATASETS}")
+    if recipe.cameras == "random" and recipe.keypoints != "gt":
+        raise InputError(f"{recipe.keypoints} 2D: not by random cameras; --cameras recorded")
     sequences = load_dataset(recipe, folder, split)
     sizes = {(0, 0)} if recipe.cameras == "random" else {s.size for s in sequences}  # (0, 0): any
     return FrameStore(
@@ -1492,7 +1494,7 @@ def files_of(recipe, folder):
     names = f"data_3d_{name}.npz", f"data_2d_{name}_{keypoints}.npz"
     if data == "3dhp":
         names = "data_train_3dhp.npz", "data_test_3dhp.npz"
-    if data == "h36m" and keypoints == "gt":  # can be projected
+    if data == "h36m" and keypoints == "gt" and not (folder / names[1]).exists():  # projected then
         names = names[:1]
     paths = [folder / name for name in names]
     serve = recipe.skeleton == "h36m17" and archives[0].parent != folder

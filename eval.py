@@ -1554,6 +1554,7 @@ def evaluate_command(argv):
     model = load_model(**options).to(device)
     recipe = model.recipe
     recipe.noise = recipe.missing = 0.0  # of training alone: measured is the 2D of the files
+    recipe.cameras = options["cameras"] or ("recorded" if options["data"] else recipe.cameras)
     if recipe.data in ("3dhp", "synthetic"):  # they have no other 2D
         recipe.keypoints = "gt"
     if recipe.keypoints is None:

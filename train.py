@@ -258,21 +258,21 @@ def check_recipe(recipe):
             raise InputError(f"{name}: unknown {value!r}, one of {WORDS[name]} expected")
         low, high = RANGES.get(name, (0, 1e9))
         if isinstance(value, (int, float)) and not low <= value <= high:
-            raise InputError(f"{name}: {value!r}, a number from {low:g} to {high:g} expected")
+            raise InputError(f"{name}: {value!r}, a number from {low:g} to {high:g}")
         if name in SHAPES and not re.fullmatch(SHAPES[name], re.sub(r"\d+", "n", str(value)[1:-1])):
-            raise InputError(f"{name}: {value!r}, numbers as in {getattr(Recipe, name)} expected")
+            raise InputError(f"{name}: {value!r}, as in {getattr(Recipe, name)} expected")
     for name in ("norm_schedule", "reconstruct", "refine"):
         if getattr(recipe, name) and not read_by(recipe.method, name):
             raise InputError(f"{name}: not of method {recipe.method}")
     learning_rate(recipe, 0)  # refuses an unknown schedule
     if recipe.micro_batch == 1:
-        raise InputError("micro_batch: 1, at least 2 for batch norm expected, or 0")
+        raise InputError("micro_batch: 1; 0 or at least 2 for batch norm")
     if recipe.loss == "grid" and recipe.method != "gridconv":
         raise InputError("loss: 'grid' needs a grid, so method gridconv")
     stage_one = recipe.stage_one_epochs
     fits = 0 < stage_one < recipe.epochs if recipe.reconstruct else stage_one == 0
     if not fits:
-        raise InputError(f"stage_one_epochs: {stage_one:g}; some of all epochs with reconstruct, 0 "
+        raise InputError(f"stage_one_epochs: {stage_one:g}; part of the epochs with reconstruct, 0 "
                          "without it expected")
     joints = recipe.target == "camera" and recipe.loss != "grid" and not recipe.swap_sides
     if recipe.refine and (recipe.data in ("humaneva", "3dhp") or not joints):
@@ -458,8 +458,7 @@ class Objective(nn.Module):
             return (grid - gridconv.sgt(target, S, shape)).square().mean(), None
         if stage_one:  # global plus local loss (GLA-GCN section 3.2), on whole sequences
             local, sequence = self.run_network(pose, return_sequence=True)
-            loss = mean_distance(local, target[:, T // 2]) + mean_distance(sequence, target)
-            return loss, local
+            return mean_distance(local, target[:, T // 2]) + mean_distance(sequence, target), local
         prediction = self.run_network(pose)
         if recipe.loss == "mse":  # GridConv Eq. 10
             return (prediction - target).square().mean(), prediction
@@ -511,9 +510,9 @@ class Run:
 
     def __init__(self, recipe, store, out, device, trained_on="", data_print=(), rank=0, world=1):
         if recipe.batch < 2 * world:
-            raise InputError(f"batch: {recipe.batch} for {world} processes, at least 2 for each")
+            raise InputError(f"batch: {recipe.batch} for {world} processes, 2 each at least")
         if recipe.compile and world > 1 and device.type == "cuda":
-            raise InputError("compile: faulty in torch for several processes on GPUs; use one GPU")
+            raise InputError("compile: faulty in torch on several GPUs; use one")
         self.recipe, self.store, self.out, self.device = recipe, store, Path(out), device
         self.trained_on, self.data_print = trained_on, list(data_print)
         self.rank, self.world = rank, world
@@ -566,9 +565,8 @@ class Run:
         """What changes at a step, `epoch` (a fraction within one) into the run: learning rate,
         AutoGrids' noise, stage two's frozen head."""
         recipe, model = self.recipe, self.model
-        rate = learning_rate(recipe, epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["scale"] * rate
+            group["lr"] = group["scale"] * learning_rate(recipe, epoch)
         if recipe.anneal_epochs:
             model.temperature = 1 + 29 * max(0.0, 1 - epoch / recipe.anneal_epochs)
         if getattr(model, "autogrids", None) is not None:
@@ -820,8 +818,7 @@ def end_epoch(run, test_store, steps, progress):
     recipe, epoch = run.recipe, math.ceil(run.step / run.epoch_steps)
     row = {"epoch": epoch, "loss": run.losses[:steps].mean().item(), "mpjpe": None, "p_mpjpe": None,
            "lr": run.optimizer.param_groups[0]["lr"], "seconds": round(run.seconds, 1)}
-    due = epoch % recipe.eval_every == 0 or run.step == run.total_steps
-    if run.rank == 0 and due:
+    if run.rank == 0 and (epoch % recipe.eval_every == 0 or run.step == run.total_steps):
         scores = evaluation.evaluate(run.model, test_store, flip=recipe.flip_test)
         run.last = {"epoch": epoch, **scores}
         row |= {name: scores[name] for name in ("mpjpe", "p_mpjpe")}
@@ -987,8 +984,7 @@ def bench_full_size(device=None, only=""):
         with contextlib.suppress(torch.OutOfMemoryError):
             clock(lambda: run.train_step(next(chunks)), device, 3)
             ms = clock(lambda: run.train_step(next(chunks)), device, 20)
-            hours = ms * run.epoch_steps * recipe.epochs / 3.6e6
-            figures = f"{ms:,.1f} | {hours:,.2f}"
+            figures = f"{ms:,.1f} | {ms * run.epoch_steps * recipe.epochs / 3.6e6:,.2f}"  # hours
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device) / 2 ** 30
             torch.cuda.reset_peak_memory_stats(device)
@@ -1005,11 +1001,12 @@ def bench_full_size(device=None, only=""):
 VANILLA, ONE, TWO = dict(attention=""), dict(padding=("circular",)), dict(padding=("replicate",))
 LOGITS = dict(layout="autogrids-random", noise_epochs=0.0, grid_lr=3.0)
 ABLATIONS = {
-    "lifters": ("gridconv-mocap", "P1*, Tables 4 and 5, of 4.8 M parameters", {  # 0.33 M each
+    # 0.33 M each, each at the rate of the lowest training error (docs/results.md)
+    "lifters": ("gridconv-mocap", "P1*, Tables 4 and 5, of 4.8 M parameters", {
         "fully connected": (None, dict(method="fc", hidden=272)),
-        "graph convolution": (None, dict(method="gcn", hidden=285)),
-        "vanilla GridConv": (39.0, VANILLA),
-        "D-GridConv": (37.1, {})}),
+        "graph convolution": (None, dict(method="gcn", hidden=285, lr=3e-2)),
+        "vanilla GridConv": (39.0, VANILLA | dict(lr=1e-2)),
+        "D-GridConv": (37.1, dict(lr=1e-2))}),
     "gridconv-5": ("gridconv-mocap", "P1*, Table 5", {
         "random": (38.1, dict(layout="random")),  # the mean of four
         "handcrafted": (37.1, {}),
@@ -1034,21 +1031,22 @@ def ablate(table, folder, out, seeds=3, only="", options=None, device=None):
     name, figures, rows = ABLATIONS[table]
     base = replace(RECIPES[name], **(options or {}))
     wanted = only.split(";") if only else rows
-    for label in wanted:
-        if label not in rows:
-            raise InputError(f"--only: no row {label!r}, some of '{';'.join(rows)}' expected")
+    if odd := [label for label in wanted if label not in rows]:
+        raise InputError(f"--only: no row {odd[0]!r} in '{';'.join(rows)}'")
+    if own := {key for _, row in rows.values() for key in row} & {*(options or {})}:
+        raise InputError(f"{table}: its rows set {listed(sorted(own))}; use train.py {name}")
     results = {label: [] for label in wanted}
     for seed, label in itertools.product(range(seeds), wanted):  # so an unfinished table is fair
         recipe = ablation_recipe(base, f"{label}, seed {seed}", seed, **rows[label][1])
         place = Path(out) / re.sub(r"[^\w.]+", "-", recipe.name).strip("-")
-        result = finished(recipe, folder, place) or train(recipe, folder, place, device)
-        results[label].append(result)
+        results[label].append(run_recipe(recipe, folder, place, device))
     lines = []
     for label, group in results.items():
         errors = [result["last"]["mpjpe"] for result in group]
         grids = [result["autogrids"] for result in group if result["autogrids"]]
         lines.append({
-            "row": label, "parameters": f"{group[0]['parameters']:,}",
+            "row": label, "rate": f"{group[0]['recipe']['lr']:g}",
+            "parameters": f"{group[0]['parameters']:,}",
             "minutes": statistics.fmean(result["seconds"] for result in group) / 60,
             "MPJPE": statistics.fmean(errors), "spread": max(errors) - min(errors),
             "P-MPJPE": statistics.fmean(result["last"]["p_mpjpe"] for result in group),
@@ -1211,15 +1209,17 @@ def rows_to_run(folder, only="", everything=False):
 
 def weights_of(recipe, out):
     """The folder of the run whose weights a result in `out` is of: `out`, or one beside it."""
-    return out.with_name(out.name.replace(recipe.name, recipe.weights or recipe.name))
+    name = out.name.replace(recipe.name, recipe.weights or recipe.name)
+    return out.with_name(recipe.weights if recipe.weights and name == out.name else name)
 
 
 def run_recipe(recipe, folder, out=None, device=None):
-    """Train a recipe, or evaluate what another one trained: the best and the last weights of the
-    run beside `out` (`weights_of`); returns the result. InputError: that run is not finished."""
-    if not recipe.weights:
-        return train(recipe, folder, out, device)
+    """Train a recipe, unless `out` holds its result; or evaluate what another one trained: the best
+    and the last weights of the run beside `out` (`weights_of`). Returns the result. InputError:
+    that run is not finished."""
     out = Path(out or Path("results") / recipe.name)
+    if not recipe.weights:
+        return finished(recipe, folder, out) or train(recipe, folder, out, device)
     device, precision = evaluation.pick_device(device, recipe.precision)
     source = weights_of(recipe, out)
     result = data.read_json(source / "result.json",
@@ -1249,14 +1249,13 @@ def reproduce(folder, out, device=None, only="", everything=False, seeds=1, opti
         recipe = replace(RECIPES[name], **(options or {}), seed=seed)
         check_recipe(recipe)
         place = out / (f"{name}-seed-{seed}" if seed else name)
-        state = "done" if finished(recipe, folder, place) else "to run"
-        if state == "to run":
-            plan.append((recipe, place))
+        done = finished(recipe, folder, place)
+        plan += [] if done else [(recipe, place)]
         picked, precision = evaluation.pick_device(device, recipe.precision)
-        need = memory(recipe, precision, samples_at_once(recipe))
         lines.append({"run": place.name, "row": recipe.row, "epochs": f"{recipe.epochs:g}",
-                      "state": state, "precision": precision, "batch": recipe.batch,
-                      "at once": samples_at_once(recipe), "GiB, about": f"{need:.1f}"})
+                      "state": "done" if done else "to run", "precision": precision,
+                      "batch": recipe.batch, "at once": samples_at_once(recipe),
+                      "GiB, about": f"{memory(recipe, precision, samples_at_once(recipe)):.1f}"})
     table = evaluation.markdown(lines[0], [line.values() for line in lines])
     if names[0] in EMBEDDED and not only:
         print(f"No published row's data is in {folder}: both methods run on procedural motion.")
@@ -1273,7 +1272,7 @@ def reproduce(folder, out, device=None, only="", everything=False, seeds=1, opti
             print(said, file=sys.stderr)
             failed.append(place.name)
     if failed:
-        raise InputError(f"{len(failed)} of {len(plan)} runs failed: {listed(failed)}; try again")
+        raise InputError(f"{len(failed)} of {len(plan)} runs failed: {listed(failed)}")
     return f"{write_report(out)}\n\nEverything is in {out / 'report.md'}."
 
 
