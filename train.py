@@ -1045,7 +1045,7 @@ def ablate(table, folder, out, seeds=3, only="", options=None, device=None):
         errors = [result["last"]["mpjpe"] for result in group]
         grids = [result["autogrids"] for result in group if result["autogrids"]]
         lines.append({
-            "row": label, "rate": f"{group[0]['recipe']['lr']:g}",
+            "row": label, "lr": f"{group[0]['recipe']['lr']:g}",
             "parameters": f"{group[0]['parameters']:,}",
             "minutes": statistics.fmean(result["seconds"] for result in group) / 60,
             "MPJPE": statistics.fmean(errors), "spread": max(errors) - min(errors),
