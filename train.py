@@ -233,8 +233,7 @@ def open_recipes():
     rows |= {"gridconv-synthetic": (embedded, grid, {}),
              "gridconv-synthetic-learnable": (embedded, grid, learnt),
              "glagcn-synthetic": (embedded, gla, {})}
-    ours = "everything but the network"
-    return {name: replace(base, name=name, row=row, ours=ours, **fields)
+    return {name: replace(base, name=name, row=row, ours="everything but the network", **fields)
             for name, (row, base, fields) in rows.items()}
 
 
@@ -565,8 +564,9 @@ class Run:
         """What changes at a step, `epoch` (a fraction within one) into the run: learning rate,
         AutoGrids' noise, stage two's frozen head."""
         recipe, model = self.recipe, self.model
+        rate = learning_rate(recipe, epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["scale"] * learning_rate(recipe, epoch)
+            group["lr"] = group["scale"] * rate
         if recipe.anneal_epochs:
             model.temperature = 1 + 29 * max(0.0, 1 - epoch / recipe.anneal_epochs)
         if getattr(model, "autogrids", None) is not None:
